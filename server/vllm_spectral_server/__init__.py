@@ -1,0 +1,1 @@
+"""The FastAPI application: vLLM's own OpenAI server, and what the KV cache costs."""

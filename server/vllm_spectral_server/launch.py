@@ -1,0 +1,134 @@
+"""Start-up: from checked arguments to a running server."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from vllm_spectral.backend.engine import BLOCK_SIZE, cpu_dtype
+from vllm_spectral.backend.worker import EXTENSION
+from vllm_spectral.config import CONFIG_KEY, SpectralConfig, parse_config
+from vllm_spectral.errors import ConfigError
+from vllm_spectral.models.description import ModelDescription
+from vllm_spectral.profile.schema import Profile
+from vllm_spectral_server.app import build_app
+from vllm_spectral_server.usage import PoolUsage
+
+
+def serve(model: ModelDescription, name: str, profile: Profile, config: SpectralConfig, flags: Sequence[str]) -> None:
+    """Serve until a signal stops us.
+
+    Args:
+        model: the model, checked.
+        name: what the user called it; the name it is served under unless the flags say otherwise.
+        profile: its profile, verified.
+        config: our backend's configuration.
+        flags: vLLM's serving flags.
+
+    Raises:
+        ConfigError: if the flags contradict us.
+    """
+    import uvloop
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm-spectral serve MODEL --profile PROFILE"))
+    args = parser.parse_args(["--model", str(model.path), *default_flags(flags, name), *flags])
+    if args.model_tag is not None or args.model != str(model.path):
+        raise ConfigError(
+            f"one MODEL is served at a time, and it is named first: {args.model_tag or args.model} is extra"
+        )
+    if args.api_server_count not in (None, 1):
+        raise ConfigError("--api-server-count is not supported: the memory report needs the one server process")
+    args.additional_config = merge_config(args.additional_config, config)
+    if args.worker_extension_cls:
+        raise ConfigError("--worker-extension-cls is taken by vllm-spectral")
+    args.worker_extension_cls = EXTENSION
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    uvloop.run(_run(args, name, profile))
+
+
+def default_flags(flags: Sequence[str], name: str) -> list[str]:
+    """Flags that are ours unless the user gave them; see the help of ``vllm-spectral serve``."""
+    from vllm.platforms import current_platform
+
+    wanted = {"--served-model-name": [name]}
+    if current_platform.is_cpu():
+        wanted |= {"--enforce-eager": [], "--block-size": [str(BLOCK_SIZE)], "--dtype": [cpu_dtype()]}
+    given = {flag.split("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
+    given |= {flag.replace("--no-", "--") for flag in given}
+    return [part for flag, value in wanted.items() if flag not in given for part in (flag, *value)]
+
+
+def merge_config(additional: Any, config: SpectralConfig) -> dict[str, Any]:
+    """The user's ``--additional-config`` with our part added."""
+    given = json.loads(additional) if isinstance(additional, str) else dict(additional or {})
+    if CONFIG_KEY in given:
+        raise ConfigError(f'--additional-config must not hold "{CONFIG_KEY}": use the flags of vllm-spectral serve')
+    return given | config.to_additional_config()
+
+
+async def _run(args: Namespace, name: str, profile: Profile) -> None:
+    from vllm import envs
+    from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+
+    _, sock = setup_server(args, reuse_port=False)
+    active = profile if parse_config(args.additional_config, os.environ) else None
+    async with _engine(args) as (engine, usage):
+        app = await build_app(args, engine, usage, name, active)
+        log_config = get_uvicorn_log_config(args)
+        shutdown = await serve_http(
+            app,
+            sock=sock,
+            enable_ssl_refresh=args.enable_ssl_refresh,
+            host=args.host,
+            port=args.port,
+            log_level=args.uvicorn_log_level,
+            access_log=not args.disable_uvicorn_access_log,
+            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+            ssl_keyfile=args.ssl_keyfile,
+            ssl_certfile=args.ssl_certfile,
+            ssl_ca_certs=args.ssl_ca_certs,
+            ssl_cert_reqs=args.ssl_cert_reqs,
+            ssl_ciphers=args.ssl_ciphers,
+            h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+            h11_max_header_count=args.h11_max_header_count,
+            **({"log_config": log_config} if log_config is not None else {}),
+        )
+    try:
+        await shutdown
+    finally:
+        sock.close()
+
+
+@asynccontextmanager
+async def _engine(args: Namespace) -> AsyncIterator[tuple[Any, PoolUsage]]:
+    """VLLM's engine with our view of the scheduler's statistics attached."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = AsyncEngineArgs.from_cli_args(args)
+    vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    usage = PoolUsage()
+    engine = AsyncLLM.from_vllm_config(
+        vllm_config=vllm_config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=arguments.enable_log_requests,
+        aggregate_engine_logging=arguments.aggregate_engine_logging,
+        disable_log_stats=arguments.disable_log_stats,
+        stat_loggers=[usage.logger],
+    )
+    try:
+        yield engine, usage
+    finally:
+        engine.shutdown(timeout=vllm_config.shutdown_timeout)

@@ -1,0 +1,1 @@
+"""One file per route that vLLM does not have."""

@@ -1,0 +1,153 @@
+"""The attention implementation that stores compressed pages and attends over them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_spectral.backend.layers import layer_of, require_supported
+from vllm_spectral.backend.selection import SpectralCPUBackend
+from vllm_spectral.codec.attention import paged_attention
+from vllm_spectral.codec.quantizer import LayerCodec
+from vllm_spectral.config import Mode, SpectralConfig, parse_config
+from vllm_spectral.errors import ConfigError, ProfileDigestError
+from vllm_spectral.profile.schema import LayerProfile, Profile
+from vllm_spectral.profile.storage import load_profile
+
+logger = init_logger("vllm.spectral")
+
+
+@lru_cache(maxsize=1)
+def _load_once(config: SpectralConfig) -> Profile:
+    """One read of the profile per process, however many layers ask."""
+    assert config.profile is not None  # parse_config guarantees it outside of CALIBRATE
+    profile = load_profile(config.profile)
+    if config.digest not in (None, profile.digest):
+        raise ProfileDigestError(
+            f"{config.profile} has digest {profile.digest}, the configuration asks for {config.digest}"
+        )
+    outside = sorted(i for i in config.exempt_layers if i >= len(profile.layers))
+    if outside:
+        raise ConfigError(f"exempt_layers {outside} do not exist: the model has {len(profile.layers)} layers")
+    logger.info("spectral profile %s (digest %s): %.2f bits per element", profile.name, profile.digest[:12],
+                profile.bits_per_element)  # fmt: skip
+    return profile
+
+
+@cache
+def _paged_backend(slot_bytes: int) -> type[SpectralCPUBackend]:
+    """The backend class of layers with this slot size. vLLM groups layers by class name, so the name must be unique."""
+
+    class Paged(SpectralCPUBackend):
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+            # uint8 makes the bound cache tensor [num_blocks, num_kv_heads, block_size, slot_bytes].
+            return replace(spec, state_content_bytes=slot_bytes, dtype=torch.uint8)
+
+    Paged.__name__ = Paged.__qualname__ = f"SpectralCPUBackend{slot_bytes}"
+    return Paged
+
+
+class SpectralImpl(CPUAttentionBackendImpl):
+    """Attention over compressed pages; stock attention for exempt layers.
+
+    Attributes:
+        codec: the layer's codec, or None if the layer is exempt.
+        exact: EVALUATE only: attend exactly over the tokens of the step instead of over the pages.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._vllm_config = get_current_vllm_config()
+        config = parse_config(self._vllm_config.additional_config)
+        assert config is not None  # SpectralCPUBackend chose this class because of it
+        self._config = config
+        self.codec: LayerCodec | None = None
+        self.exact = False
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Load this layer's part of the profile and announce its slot size to vLLM."""
+        super().process_weights_after_loading(act_dtype)
+        name, index, layer = layer_of(self, self._vllm_config)
+        profile = _load_once(self._config)
+        if index in self._config.exempt_layers:
+            logger.info("layer %s is exempt: stock pages", name)
+            return
+        require_supported(self, name)
+        self.codec = self._own_heads(profile.layers[index]).codec(profile.slot_bytes, profile.codebooks)
+        layer.attn_backend = _paged_backend(profile.slot_bytes)
+
+    def _own_heads(self, layer: LayerProfile) -> LayerProfile:
+        """The KV heads of this tensor-parallel rank; with more ranks than heads, ranks hold replicas."""
+        total = layer.key_bits.shape[0]
+        rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        return layer.heads(rank * total // world, max(total // world, 1))
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Compress and store the step's new tokens.
+
+        Args:
+            key, value: ``[num_tokens, num_kv_heads, head_dim]`` in the model's dtype.
+            kv_cache: ``[num_blocks, num_kv_heads, block_size, slot_bytes]`` uint8.
+            slot_mapping: ``[num_tokens]``; -1 marks padding.
+        """
+        if self.codec is None:
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+            return
+        count = slot_mapping.shape[0]
+        self.codec.layout.write(kv_cache, slot_mapping, self.codec.encode(key[:count], value[:count]))
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend over the pages, the step's own tokens included. See the contract in ``docs/architecture.md``.
+
+        Args:
+            query, output: ``[num_tokens, num_query_heads, head_dim]``.
+            attn_metadata: None during warm-up.
+        """
+        if self.codec is None or attn_metadata is None:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+            return output
+        starts = attn_metadata.query_start_loc.tolist()
+        for request, context_len in enumerate(attn_metadata.seq_lens.tolist()):
+            rows = slice(starts[request], starts[request + 1])
+            if rows.start == rows.stop:
+                continue
+            if self.exact:
+                result = self._exact_attention(query[rows], key[rows], value[rows], context_len)
+            else:
+                blocks = attn_metadata.block_table[request]
+                result = paged_attention(query[rows], kv_cache, blocks, context_len, self.codec, self.scale)
+            output[rows] = result.view_as(output[rows])
+        return output
+
+    def _exact_attention(self, query: Tensor, key: Tensor, value: Tensor, context_len: int) -> Tensor:
+        """Causal attention over keys and values as the model produced them, for a request that is one step long."""
+        if self._config.mode is not Mode.EVALUATE or context_len != query.shape[0]:
+            raise RuntimeError("exact attention needs EVALUATE mode and the whole context in one step")
+        q, k, v = (tensor.transpose(0, 1).float() for tensor in (query, key, value))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
+        )
+        return attended.transpose(0, 1)

@@ -1,0 +1,40 @@
+"""Finding an attention layer from inside its implementation, and refusing layers we cannot serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+from vllm_spectral.errors import UnsupportedModelError
+
+
+def layer_of(impl: CPUAttentionBackendImpl, vllm_config: VllmConfig) -> tuple[str, int, Any]:
+    """Name, index and module of the layer that owns ``impl``.
+
+    An implementation is created before its layer is complete and is never told its name; vLLM's forward context
+    knows every attention layer by name.
+    """
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if getattr(layer, "impl", None) is impl:
+            return name, extract_layer_index(name), layer
+    raise RuntimeError("the attention implementation belongs to no registered layer")
+
+
+def require_supported(impl: CPUAttentionBackendImpl, name: str) -> None:
+    """Raise :class:`UnsupportedModelError` for attention that compressed pages would get wrong."""
+    problems = {
+        "attention that is not causal self-attention": impl.attn_type != AttentionType.DECODER,
+        "sliding-window attention": impl.sliding_window != -1,
+        "ALiBi position biases": impl.alibi_slopes is not None,
+        "attention logit soft-capping": bool(impl.logits_soft_cap),
+        "learned attention sinks": impl.sinks is not None,
+        "a KV cache shared with another layer": impl.kv_sharing_target_layer_name is not None,
+        f"kv_cache_dtype {impl.kv_cache_dtype} (leave it at auto)": impl.kv_cache_dtype != "auto",
+    }
+    found = [problem for problem, present in problems.items() if present]
+    if found:
+        raise UnsupportedModelError(f"{name} uses {' and '.join(found)}, which spectral pages do not support")

@@ -1,0 +1,1 @@
+"""Calibration: from what a model's attention sees to a profile."""

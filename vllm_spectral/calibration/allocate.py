@@ -1,0 +1,84 @@
+"""From second moments to a profile: bases, spectra and the split of bits between keys and values.
+
+Why keys and values can share one budget: let a query attend with weights ``p_i`` over values ``v_i`` with output
+``o``. To first order an error ``dk_i`` of a key changes its score by ``e_i = s q . dk_i`` (``s`` is the score scale)
+and the output by ``p_i e_i (v_i - o)``; an error ``dv_i`` of a value changes the output by ``p_i dv_i``. With errors
+independent over tokens both are weighted by the same ``sum p_i^2``, so that per token
+
+    cost = s^2 E[(q . dk)^2] * E|v - o|^2  +  |dv|^2.
+
+Quantization errors of the rotated channels are independent, so that ``E[(q . dk)^2] = sum_c (U^T Q U)_cc E[dk_c^2]``
+with ``Q = E[q q^T]``; and ``E|v - o|^2`` is at most the variance of the values. So a key channel weighs its spectrum
+times ``s^2 (U^T Q U)_cc var(v)``, a value channel its spectrum as it is, and one water-filling serves both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_spectral.codec.allocation import water_fill
+from vllm_spectral.codec.layout import payload_bits
+from vllm_spectral.codec.rotation import eigenbasis, hadamard_basis, rotate
+from vllm_spectral.profile.schema import LayerProfile
+from vllm_spectral.stats.moments import LayerMoments
+
+HADAMARD_KEY_WEIGHT = 4.0
+"""Weight of a key's relative error against a value's when nothing was measured."""
+
+
+def spectral_layer(moments: LayerMoments, slot_bytes: int) -> LayerProfile:
+    """Eigenbases and water-filled bits of one measured layer.
+
+    Args:
+        moments: what calibration accumulated.
+        slot_bytes: size of the layer's slots.
+    """
+    count = max(moments.num_tokens, 1)
+    key_basis, key_spectrum = eigenbasis(moments.keys / count)
+    value_basis, value_spectrum = eigenbasis(moments.values / count)
+    value_variance = value_spectrum.double().sum(-1) - (moments.value_sum / count).square().sum(-1)
+    # diag(U^T Q U): the second moment of the rotated query, channel by channel.
+    queries = (moments.queries / max(moments.num_queries, 1)).transpose(0, 1)
+    half = rotate(queries, key_basis).transpose(0, 1)
+    query_power = (half * key_basis).sum(-2).double()
+    head_dim = key_spectrum.shape[-1]
+    # s^2 = 1 / head_dim, the scale of scaled dot-product attention.
+    key_cost = key_spectrum * query_power / head_dim * value_variance[:, None]
+    sinks = max(moments.num_sinks, 1)
+    key_bits, value_bits = _share(key_cost, value_spectrum, slot_bytes)
+    return LayerProfile(
+        key_basis=key_basis,
+        value_basis=value_basis,
+        key_spectrum=key_spectrum,
+        value_spectrum=value_spectrum,
+        key_sink=(moments.key_sink / sinks).float(),
+        value_sink=(moments.value_sink / sinks).float(),
+        key_bits=key_bits,
+        value_bits=value_bits,
+    )
+
+
+def hadamard_layer(num_heads: int, head_dim: int, slot_bytes: int, seed: int) -> LayerProfile:
+    """A layer that needs no measurement: flat spectra, bits split by :data:`HADAMARD_KEY_WEIGHT` alone."""
+    basis = hadamard_basis(num_heads, head_dim, seed)
+    flat, zero = torch.ones(num_heads, head_dim), torch.zeros(num_heads, head_dim)
+    key_bits, value_bits = _share(flat * HADAMARD_KEY_WEIGHT, flat, slot_bytes)
+    return LayerProfile(
+        key_basis=basis,
+        value_basis=basis.clone(),
+        key_spectrum=flat,
+        value_spectrum=flat.clone(),
+        key_sink=zero,
+        value_sink=zero.clone(),
+        key_bits=key_bits,
+        value_bits=value_bits,
+    )
+
+
+def _share(key_cost: Tensor, value_cost: Tensor, slot_bytes: int) -> tuple[Tensor, Tensor]:
+    """Bits of keys and values, ``[num_heads, head_dim]`` uint8 each, from one budget per head."""
+    cost = torch.cat([key_cost.double(), value_cost.double()], dim=-1)
+    bits = torch.stack([water_fill(row, payload_bits(slot_bytes)) for row in cost]).to(torch.uint8)
+    key_bits, value_bits = bits.chunk(2, dim=-1)
+    return key_bits.contiguous(), value_bits.contiguous()

@@ -1,0 +1,64 @@
+"""``vllm-spectral calibrate``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_spectral.cli.common import MODEL_HELP, add_verbose, described, quiet_vllm
+from vllm_spectral.versions import require_tested_vllm
+
+_DESCRIPTION = """\
+Measure a model's keys and values and write a profile.
+
+Without --text, the model answers built-in prompts (prose, code, mathematics, dialogue, several languages) and is
+measured on the result: no data set is needed. With --text it is measured on your files; text like that which you will
+serve gives the best profile. --basis hadamard measures nothing and needs neither.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure a model and write its profile",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("-o", "--output", metavar="PROFILE", type=Path, required=True, help="file to write")
+    parser.add_argument("--bits", type=float, default=4.0, help="stored bits per KV element, scales included (4.0)")
+    parser.add_argument(
+        "--basis", choices=("spectral", "hadamard"), default="spectral", help="kind of basis (spectral)"
+    )
+    parser.add_argument("--text", metavar="FILE", type=Path, nargs="+", default=[], help="your own UTF-8 text")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal profiles (0)")
+    add_verbose(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate and save."""
+    require_tested_vllm()
+    quiet_vllm(args.verbose)
+    from vllm_spectral.calibration.run import CalibrationRequest, calibrate
+    from vllm_spectral.profile.storage import require_writable, save_profile
+
+    require_writable(args.output)
+    request = CalibrationRequest(
+        model=described(args.model),
+        name=args.output.stem,
+        bits=args.bits,
+        basis=args.basis,
+        texts=tuple(args.text),
+        seed=args.seed,
+    )
+    profile = save_profile(calibrate(request), args.output)
+    sys.stdout.write(
+        f"{args.output}: {profile.bits_per_element:.2f} bits per element, {profile.slot_bytes} bytes per token and "
+        f"KV head (bf16: {4 * profile.fingerprint.head_dim}), measured on {profile.provenance.num_tokens} tokens, "
+        f"digest {profile.digest[:12]}\n"
+    )
+    return 0

@@ -1,0 +1,59 @@
+"""``vllm-spectral serve``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from vllm_spectral.cli.common import MODEL_HELP, described, load_for
+from vllm_spectral.config import DISABLE_VARIABLE, Mode, SpectralConfig
+from vllm_spectral.errors import ConfigError
+from vllm_spectral.versions import require_tested_vllm
+
+_DESCRIPTION = f"""\
+Serve a model through the OpenAI API from compressed KV pages.
+
+All other flags are vLLM's own and are passed through: --host, --port, --api-key, --max-model-len,
+--kv-cache-memory-bytes, --tensor-parallel-size, ... (see `vllm serve --help=all`). Beside vLLM's routes there is
+GET /v1/kv_cache/memory. Where a flag is not given, these differ from vLLM's defaults: the model is served under the
+name MODEL; on the CPU also --enforce-eager (vLLM 0.32 gives wrong text when it compiles for the CPU), --block-size 32,
+and --dtype float32 if the CPU has no bf16 arithmetic. {DISABLE_VARIABLE}=1 serves the same model with the stock cache.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "serve",
+        help="an OpenAI server on compressed KV pages",
+        usage="vllm-spectral serve MODEL --profile PROFILE [--exempt-layers N ...] [vLLM serving flags]",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # vLLM has many flags; guessing from prefixes would take some of them for ours.
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--profile", metavar="PROFILE", type=Path, required=True, help="made by `calibrate`")
+    parser.add_argument(
+        "--exempt-layers", metavar="N", type=int, nargs="+", default=[], help="layers to leave uncompressed"
+    )
+    parser.set_defaults(run=run, passes_flags_on=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, then hand over to the server."""
+    require_tested_vllm()
+    model = described(args.model)
+    model.require_supported()
+    path = Path(os.path.abspath(args.profile))  # noqa: PTH100 - keeps symbolic links; workers may run elsewhere
+    profile = load_for(model, path)
+    outside = [layer for layer in args.exempt_layers if not 0 <= layer < model.num_layers]
+    if outside:
+        raise ConfigError(f"--exempt-layers {outside} do not exist: the model has layers 0 to {model.num_layers - 1}")
+    config = SpectralConfig(path, profile.digest, frozenset(args.exempt_layers), Mode.SERVE)
+    from vllm_spectral_server.launch import serve
+
+    serve(model, args.model, profile, config, args.rest)
+    return 0

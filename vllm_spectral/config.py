@@ -1,0 +1,96 @@
+"""Our configuration inside vLLM: ``additional_config={"spectral": {...}}``, parsed once, frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from vllm_spectral.errors import ConfigError
+
+CONFIG_KEY = "spectral"
+DISABLE_VARIABLE = "VLLM_SPECTRAL_DISABLE"
+
+
+class Mode(StrEnum):
+    """What the backend does with a layer."""
+
+    SERVE = "serve"
+    """Store compressed pages and attend over them."""
+    CALIBRATE = "calibrate"
+    """Run stock attention and accumulate second moments."""
+    EVALUATE = "evaluate"
+    """As SERVE, with a switch to exact attention over the tokens of one step."""
+
+
+@dataclass(frozen=True)
+class SpectralConfig:
+    """The parsed configuration.
+
+    Attributes:
+        profile: path of the profile; needed by every mode but CALIBRATE.
+        digest: digest the profile must have. vLLM hashes ``additional_config`` into its own config hash, so that
+            naming the digest there keeps anything cached under that hash apart per profile.
+        exempt_layers: indices of layers left uncompressed, on stock pages and the stock kernel.
+        mode: what the backend does.
+    """
+
+    profile: Path | None = None
+    digest: str | None = None
+    exempt_layers: frozenset[int] = frozenset()
+    mode: Mode = Mode.SERVE
+
+    def to_additional_config(self) -> dict[str, Any]:
+        """The JSON-compatible form that :func:`parse_config` reads back."""
+        plain = {
+            "profile": str(self.profile) if self.profile else None,
+            "digest": self.digest,
+            "exempt_layers": sorted(self.exempt_layers),
+            "mode": str(self.mode),
+        }
+        return {CONFIG_KEY: {key: value for key, value in plain.items() if value}}
+
+
+def parse_config(
+    additional_config: Mapping[str, Any] | None, environment: Mapping[str, str] = os.environ
+) -> SpectralConfig | None:
+    """Our part of vLLM's ``additional_config``.
+
+    Args:
+        additional_config: what vLLM was given; may be empty.
+        environment: where the kill switch is looked for.
+
+    Returns:
+        None if there is nothing for us or ``VLLM_SPECTRAL_DISABLE`` is set: stock vLLM then runs unchanged.
+
+    Raises:
+        ConfigError: for an unknown key or a value of the wrong kind.
+    """
+    section = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
+    if section is None or environment.get(DISABLE_VARIABLE, "0") not in ("", "0"):
+        return None
+    if not isinstance(section, Mapping):
+        raise ConfigError(f'additional_config["{CONFIG_KEY}"] must be an object, got {section!r}')
+    known = {field.name for field in dataclasses.fields(SpectralConfig)}
+    unknown = sorted(set(section) - known)
+    if unknown:
+        raise ConfigError(
+            f'additional_config["{CONFIG_KEY}"] has unknown keys: {", ".join(unknown)} (known: {", ".join(sorted(known))})'
+        )
+    try:
+        mode = Mode(section.get("mode", Mode.SERVE))
+    except ValueError:
+        raise ConfigError(f"spectral mode must be one of {', '.join(Mode)}, got {section['mode']!r}") from None
+    profile, digest = section.get("profile"), section.get("digest")
+    if not isinstance(profile, str | None) or not isinstance(digest, str | None):
+        raise ConfigError("spectral profile and digest must be strings")
+    if profile is None and mode is not Mode.CALIBRATE:
+        raise ConfigError('spectral needs a profile: additional_config={"spectral": {"profile": PATH}}')
+    exempt = section.get("exempt_layers", [])
+    if not isinstance(exempt, list | tuple) or not all(isinstance(i, int) and i >= 0 for i in exempt):
+        raise ConfigError(f"spectral exempt_layers must be a list of layer indices, got {exempt!r}")
+    return SpectralConfig(Path(profile) if profile else None, digest, frozenset(exempt), mode)

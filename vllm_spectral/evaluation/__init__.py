@@ -1,0 +1,1 @@
+"""The proof: how far answers from compressed pages are from exact ones."""

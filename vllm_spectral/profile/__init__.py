@@ -1,0 +1,1 @@
+"""The profile: everything that calibration learned about one model, in one verified safetensors file."""

@@ -1,0 +1,105 @@
+"""What a profile holds, and how a layer's codec is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from vllm_spectral.codec.layout import SlotLayout
+from vllm_spectral.codec.quantizer import LayerCodec
+from vllm_spectral.models.description import ModelFingerprint
+
+SCHEMA_VERSION = 1
+BasisKind = Literal["spectral", "hadamard"]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a profile comes from.
+
+    Attributes:
+        basis: kind of basis.
+        requested_bits: the ``--bits`` it was made for.
+        text_source: ``"none"``, ``"built-in prompts"`` or the names of the user's files.
+        num_tokens: tokens whose keys and values were measured.
+        seed: seed of sampling and signs.
+        created: ISO 8601 date; the only field outside the digest, so that equal calibrations have equal digests.
+        versions: versions of vllm-spectral, vllm and torch.
+    """
+
+    basis: BasisKind
+    requested_bits: float
+    text_source: str
+    num_tokens: int
+    seed: int
+    created: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """Static data of one layer, for all KV heads of the model (a tensor-parallel rank slices its own).
+
+    Attributes:
+        key_basis, value_basis: ``[num_kv_heads, head_dim, head_dim]`` float32, basis vectors as columns.
+        key_spectrum, value_spectrum: ``[num_kv_heads, head_dim]`` float32, second moment of each rotated channel.
+        key_sink, value_sink: ``[num_kv_heads, head_dim]`` float32, mean of requests' first tokens, not rotated.
+        key_bits, value_bits: ``[num_kv_heads, head_dim]`` uint8.
+    """
+
+    key_basis: Tensor
+    value_basis: Tensor
+    key_spectrum: Tensor
+    value_spectrum: Tensor
+    key_sink: Tensor
+    value_sink: Tensor
+    key_bits: Tensor
+    value_bits: Tensor
+
+    def heads(self, first: int, count: int) -> LayerProfile:
+        """The same layer, restricted to ``count`` KV heads from ``first`` on."""
+        part = slice(first, first + count)
+        return LayerProfile(**{name: tensor[part].contiguous() for name, tensor in vars(self).items()})
+
+    def codec(self, slot_bytes: int, codebooks: Tensor) -> LayerCodec:
+        """Build the layer's codec; raises ``ValueError`` if the bits do not fit ``slot_bytes``."""
+        return LayerCodec(
+            self.key_basis,
+            self.value_basis,
+            self.key_spectrum.sqrt(),
+            self.value_spectrum.sqrt(),
+            self.key_sink,
+            self.value_sink,
+            SlotLayout(self.key_bits.long(), self.value_bits.long(), slot_bytes),
+            codebooks,
+        )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A complete profile.
+
+    Attributes:
+        name: short human name, shown by the server.
+        fingerprint: the model it belongs to.
+        slot_bytes: bytes per (token, KV head, layer).
+        codebooks: ``[MAX_BITS + 1, 2 ** MAX_BITS]`` float32.
+        layers: one entry per model layer, by layer index.
+        provenance: how it was made.
+        digest: hex SHA-256 over all of the above but ``provenance.created``.
+    """
+
+    name: str
+    fingerprint: ModelFingerprint
+    slot_bytes: int
+    codebooks: Tensor
+    layers: tuple[LayerProfile, ...]
+    provenance: Provenance
+    digest: str = ""
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits per KV element, scales and padding included."""
+        return 8 * self.slot_bytes / (2 * self.fingerprint.head_dim)

@@ -1,0 +1,181 @@
+"""The memory report: every byte that is resident for the KV cache, and what bf16 would have held in as many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vllm_spectral.codec.attention import workspace_bytes
+from vllm_spectral.codec.quantizer import LayerCodec
+
+BF16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """One layer on one rank.
+
+    Attributes:
+        name: vLLM's layer name.
+        slot_bytes: bytes per (token, KV head), keys and values together.
+        num_heads: KV heads of this rank.
+        head_dim: channels per head.
+        key_bits, value_bits: mean stored bits per element of the keys and the values, codes and scale.
+        compressed: False for a layer on stock pages.
+        page_bytes: bytes of the layer's whole page tensor.
+        static_bytes: bases, spectra and tables that must stay resident.
+        workspace_bytes: the largest scratch of one attention call.
+    """
+
+    name: str
+    slot_bytes: int
+    num_heads: int
+    head_dim: int
+    key_bits: float
+    value_bits: float
+    compressed: bool
+    page_bytes: int
+    static_bytes: int
+    workspace_bytes: int
+
+    @classmethod
+    def of_codec(cls, name: str, codec: LayerCodec, num_query_heads: int, pages: Tensor) -> LayerMemory:
+        """A compressed layer; ``pages`` is ``[num_blocks, num_heads, block_size, slot_bytes]`` uint8."""
+        layout = codec.layout
+        return cls(
+            name=name,
+            slot_bytes=layout.slot_bytes,
+            num_heads=layout.num_heads,
+            head_dim=layout.head_dim,
+            key_bits=layout.key_bits_per_element,
+            value_bits=layout.value_bits_per_element,
+            compressed=True,
+            page_bytes=pages.numel() * pages.element_size(),
+            static_bytes=codec.resident_bytes,
+            workspace_bytes=workspace_bytes(num_query_heads, layout.num_heads, layout.head_dim),
+        )
+
+    @classmethod
+    def of_dense(cls, name: str, pages: Tensor) -> LayerMemory:
+        """A layer on stock pages, ``[num_blocks, num_heads, block_size, 2 * head_dim]`` in the cache's dtype."""
+        _, num_heads, _, content = pages.shape
+        bits = 8.0 * pages.element_size()
+        return cls(
+            name, content * pages.element_size(), num_heads, content // 2, bits, bits, False,
+            pages.numel() * pages.element_size(), 0, 0,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """All attention layers of one rank."""
+
+    layers: tuple[LayerMemory, ...]
+
+    def to_wire(self) -> list[dict[str, Any]]:
+        """Plain lists and dictionaries: between vLLM's processes dataclasses do not survive."""
+        return [asdict(layer) for layer in self.layers]
+
+    @classmethod
+    def from_wire(cls, wire: Sequence[Mapping[str, Any]]) -> WorkerMemory:
+        """The inverse of :meth:`to_wire`."""
+        return cls(tuple(LayerMemory(**layer) for layer in wire))
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """The whole engine: all ranks together. All sizes in bytes; see the README for each figure's meaning."""
+
+    num_blocks: int
+    block_size_tokens: int
+    used_blocks: int
+    workers: tuple[WorkerMemory, ...]
+
+    @classmethod
+    def gather(
+        cls, workers: Sequence[WorkerMemory], *, num_blocks: int, block_size: int, used_blocks: int
+    ) -> MemoryReport:
+        """Combine the ranks' answers with what the scheduler knows."""
+        return cls(num_blocks, block_size, used_blocks, tuple(workers))
+
+    def _layers(self) -> list[LayerMemory]:
+        return [layer for worker in self.workers for layer in worker.layers]
+
+    @property
+    def layers(self) -> tuple[LayerMemory, ...]:
+        """The layers as the first rank sees them; all ranks have the same sizes."""
+        return self.workers[0].layers
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Page bytes of one token, all layers and ranks."""
+        return sum(layer.slot_bytes * layer.num_heads for layer in self._layers())
+
+    @property
+    def uncompressed_bytes_per_token(self) -> int:
+        """The same in bf16."""
+        return sum(BF16_BYTES * 2 * layer.head_dim * layer.num_heads for layer in self._layers())
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(layer.page_bytes for layer in self._layers())
+
+    @property
+    def profile_bytes(self) -> int:
+        """Bases, spectra and tables, on every rank."""
+        return sum(layer.static_bytes for layer in self._layers())
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The largest scratch an attention call takes, once per rank: layers run one after another."""
+        return sum(max((layer.workspace_bytes for layer in worker.layers), default=0) for worker in self.workers)
+
+    @property
+    def exact_tier_bytes(self) -> int:
+        """Bytes of uncompressed copies kept beside the pages: there are none."""
+        return 0
+
+    @property
+    def resident_bytes(self) -> int:
+        """Everything that is resident for the cache."""
+        return self.pool_bytes + self.exact_tier_bytes + self.workspace_bytes + self.profile_bytes
+
+    @property
+    def used_tokens(self) -> int:
+        """Token slots in the blocks that are in use."""
+        return self.used_blocks * self.block_size_tokens
+
+    @property
+    def used_bytes(self) -> int:
+        """Page bytes of the blocks that are in use."""
+        return self.used_tokens * self.bytes_per_token
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens the pages hold; the figure that vLLM logs and schedules with."""
+        return self.num_blocks * self.block_size_tokens
+
+    @property
+    def uncompressed_capacity_tokens(self) -> int:
+        """Tokens that bf16 pages would hold in ``pool_bytes``, in whole blocks."""
+        block = self.uncompressed_bytes_per_token * self.block_size_tokens
+        return self.pool_bytes // block * self.block_size_tokens
+
+    @property
+    def compression_ratio(self) -> float:
+        """bf16 bytes over page bytes."""
+        return self.uncompressed_bytes_per_token / self.bytes_per_token
+
+    @property
+    def effective_compression_ratio(self) -> float:
+        """bf16 bytes of a full cache over everything resident for it."""
+        return self.uncompressed_bytes_per_token * self.capacity_tokens / self.resident_bytes
+
+    @property
+    def effective_bits_per_element(self) -> float:
+        """Bits per KV element of a full cache, everything resident counted."""
+        return 8 * BF16_BYTES / self.effective_compression_ratio

@@ -7,12 +7,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_spectral.models.demo import resolve_model
 from vllm_spectral.models.description import ModelDescription
-from vllm_spectral.profile.schema import Profile
-from vllm_spectral.profile.storage import load_profile, require_model
+
+if TYPE_CHECKING:
+    from vllm_spectral.profile.schema import Profile
 
 MODEL_HELP = "model directory, hub name (owner/name), or 'demo'"
 
@@ -30,6 +31,8 @@ def quiet_vllm(verbose: bool) -> None:
 
 def load_for(model: ModelDescription, path: Path) -> Profile:
     """A verified profile that belongs to the model."""
+    from vllm_spectral.profile.storage import load_profile, require_model
+
     profile = load_profile(path)
     require_model(profile, model.fingerprint(), path)
     return profile

@@ -7,11 +7,13 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_spectral.cli.common import MODEL_HELP, add_verbose, described, load_for, print_json, quiet_vllm
-from vllm_spectral.evaluation.run import TextResult, evaluate
 from vllm_spectral.versions import require_tested_vllm
+
+if TYPE_CHECKING:
+    from vllm_spectral.evaluation.run import TextResult
 
 _DESCRIPTION = """\
 Compare answers from compressed pages with those of an exact cache, through the real engine, on the same windows of
@@ -42,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
     require_tested_vllm()
     quiet_vllm(args.verbose)
+    from vllm_spectral.evaluation.run import evaluate
+
     model = described(args.model)
     model.require_supported()
     path = Path(os.path.abspath(args.profile))  # noqa: PTH100 - keeps symbolic links, vLLM may run elsewhere

@@ -63,8 +63,8 @@ class ModelDescription:
             raise UnsupportedModelError(f"{path} is not a model directory: it has no config.json") from None
         except (OSError, ValueError) as error:
             raise UnsupportedModelError(f"cannot read {file}: {error}") from None
-        config = config.get("text_config", config)
         try:
+            config = config.get("text_config", config)
             query_heads = int(config["num_attention_heads"])
             return cls(
                 path=path,
@@ -76,7 +76,7 @@ class ModelDescription:
                 max_positions=int(config.get("max_position_embeddings", 0)),
                 obstacles=tuple(_obstacles(config)),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UnsupportedModelError(f"{file} does not describe a decoder with attention heads ({error})") from None
 
     @property

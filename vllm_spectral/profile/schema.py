@@ -61,7 +61,7 @@ class LayerProfile:
     def heads(self, first: int, count: int) -> LayerProfile:
         """The same layer, restricted to ``count`` KV heads from ``first`` on."""
         part = slice(first, first + count)
-        return LayerProfile(**{name: tensor[part].contiguous() for name, tensor in vars(self).items()})
+        return LayerProfile(**{name: tensor[part].clone() for name, tensor in vars(self).items()})
 
     def codec(self, slot_bytes: int, codebooks: Tensor) -> LayerCodec:
         """Build the layer's codec; raises ``ValueError`` if the bits do not fit ``slot_bytes``."""

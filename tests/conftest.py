@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from vllm_spectral.calibration.allocate import spectral_layer
-from vllm_spectral.codec.codebook import normal_codebooks
+from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
 from vllm_spectral.codec.layout import slot_bytes_for
 from vllm_spectral.models.description import ModelFingerprint
 from vllm_spectral.profile.schema import LayerProfile, Profile, Provenance
@@ -50,7 +50,7 @@ def profile(layer: LayerProfile) -> Profile:
         name="small",
         fingerprint=ModelFingerprint("test", LAYERS, HEADS, DIM, "0" * 32),
         slot_bytes=slot_bytes_for(4.0, DIM),
-        codebooks=normal_codebooks(),
+        codebooks=Codebooks(normal_codebooks()),
         layers=tuple(layer.heads(0, HEADS) for _ in range(LAYERS)),
         provenance=Provenance("spectral", 4.0, "none", 4000, 0, "2026-01-01T00:00:00+00:00", {}),
     )

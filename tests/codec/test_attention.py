@@ -10,7 +10,7 @@ import torch
 from tests.conftest import DIM, HEADS, correlated
 from tests.tolerances import ATTENTION
 from vllm_spectral.codec import attention
-from vllm_spectral.codec.codebook import normal_codebooks
+from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.codec.rotation import unrotate
 from vllm_spectral.profile.schema import LayerProfile
@@ -24,7 +24,7 @@ class Request:
     """One request's stored pages, in shuffled blocks of a larger pool full of garbage."""
 
     def __init__(self, layer: LayerProfile, tokens: int) -> None:
-        self.codec: LayerCodec = layer.codec(64, normal_codebooks())
+        self.codec: LayerCodec = layer.codec(64, Codebooks(normal_codebooks()))
         keys, values = correlated(tokens, 1), correlated(tokens, 2)
         slots = self.codec.encode(keys, values)
         needed = -(-tokens // BLOCK)

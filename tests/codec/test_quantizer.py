@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.conftest import DIM, HEADS, correlated
 from tests.tolerances import CODING_GAIN
 from vllm_spectral.calibration.allocate import hadamard_layer
-from vllm_spectral.codec.codebook import normal_codebooks, normal_distortion
+from vllm_spectral.codec.codebook import CELL_RANGE, CELLS, MAX_BITS, Codebooks, normal_codebooks, normal_distortion
 from vllm_spectral.codec.layout import FLAT_FLAG
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.codec.rotation import rotate
@@ -19,7 +19,7 @@ from vllm_spectral.profile.schema import LayerProfile
 
 @pytest.fixture(scope="module")
 def codec(layer: LayerProfile) -> LayerCodec:
-    return layer.codec(64, normal_codebooks())
+    return layer.codec(64, Codebooks(normal_codebooks()))
 
 
 def test_the_error_is_what_the_codebooks_predict(codec: LayerCodec) -> None:
@@ -62,7 +62,9 @@ def test_outliers_survive(codec: LayerCodec) -> None:
 def test_the_typical_first_token_is_stored_almost_exactly(layer: LayerProfile) -> None:
     """Sinks resemble each other; the fallback codes the difference from their mean."""
     sink = 20 * correlated(1, seed=77)[0]
-    codec = LayerProfile(**{**vars(layer), "key_sink": sink, "value_sink": sink}).codec(64, normal_codebooks())
+    codec = LayerProfile(**{**vars(layer), "key_sink": sink, "value_sink": sink}).codec(
+        64, Codebooks(normal_codebooks())
+    )
     token = (sink + 0.01 * correlated(1, seed=78)[0]).unsqueeze(0)
     slots = codec.encode(token, token)
     assert (slots[..., :2] >= FLAT_FLAG).all()
@@ -85,7 +87,7 @@ def test_a_zero_vector_stays_small(codec: LayerCodec) -> None:
 
 @pytest.mark.parametrize("dim", [32, 80, 128])
 def test_the_hadamard_basis_takes_the_same_path(dim: int) -> None:
-    codec = hadamard_layer(2, dim, 2 * dim * 4 // 8, seed=0).codec(2 * dim * 4 // 8, normal_codebooks())
+    codec = hadamard_layer(2, dim, 2 * dim * 4 // 8, seed=0).codec(2 * dim * 4 // 8, Codebooks(normal_codebooks()))
     keys = torch.randn(200, 2, dim, generator=torch.Generator().manual_seed(0))
     error = codec.decode_keys(codec.encode(keys, keys)) - rotate(keys, codec.keys.basis)
     assert error.square().mean() < 0.02
@@ -101,8 +103,21 @@ def test_more_bits_give_less_error(bits: float) -> None:
 
     def error(at: float) -> float:
         size = slot_bytes_for(at, DIM)
-        codec = spectral_layer(measured(), size).codec(size, normal_codebooks())
+        codec = spectral_layer(measured(), size).codec(size, Codebooks(normal_codebooks()))
         decoded = codec.decode_values(codec.encode(values, values))
         return float((decoded - rotate(values, codec.values.basis)).square().sum())
 
     assert error(bits) < error(bits - 0.5)
+
+
+def test_lookup_is_nearest_up_to_a_cell() -> None:
+    books = Codebooks(normal_codebooks())
+    values = torch.randn(20000, 1, 1, generator=torch.Generator().manual_seed(0)) * 1.5
+    for bits in range(MAX_BITS + 1):
+        width = torch.full((1, 1), bits)
+        exact = (values - books.levels[bits, : 2**bits]).abs().amin(-1, keepdim=True)
+        found = (values - books.nearest_levels(values, width)).abs()
+        assert (found - exact).max() <= 2 * CELL_RANGE / CELLS
+        assert torch.equal(
+            books.levels_of(books.nearest_codes(values, width), width), books.nearest_levels(values, width)
+        )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import DIM, HEADS, correlated, measured
 from tests.tolerances import ORTHOGONAL, WRONG_ROTATION
-from vllm_spectral.codec.codebook import normal_codebooks
+from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.codec.rotation import eigenbasis, hadamard_basis, rotate, unrotate
 from vllm_spectral.profile.schema import LayerProfile
@@ -17,7 +17,7 @@ from vllm_spectral.profile.schema import LayerProfile
 
 def coding_error(layer: LayerProfile, key_basis: torch.Tensor, keys: torch.Tensor) -> float:
     """Relative error of keys stored with this basis, in the model's own coordinates."""
-    codec = LayerProfile(**{**vars(layer), "key_basis": key_basis}).codec(64, normal_codebooks())
+    codec = LayerProfile(**{**vars(layer), "key_basis": key_basis}).codec(64, Codebooks(normal_codebooks()))
     slots = codec.encode(keys, torch.zeros_like(keys))
     restored = unrotate(codec.decode_keys(slots), key_basis)
     return float((restored - keys).square().sum() / keys.square().sum())

@@ -39,18 +39,20 @@ class WorkerExtension:
         """CALIBRATE: this rank's moments, in the order of layers."""
         return [layer.impl.moments for _, layer in self._spectral_layers() if isinstance(layer.impl, CaptureImpl)]
 
-    def spectral_memory(self) -> list[dict[str, Any]]:
+    def spectral_memory(self) -> dict[str, Any]:
         """What this rank keeps resident for the cache, in the form of :meth:`WorkerMemory.to_wire`."""
-        layers = []
+        layers, shared = [], 0
         for name, layer in self._spectral_layers():
             compressed = isinstance(layer.impl, SpectralImpl) and layer.impl.codec is not None
             pages = layer.kv_cache
+            if compressed:
+                shared = layer.impl.codec.codebooks.resident_bytes
             layers.append(
                 LayerMemory.of_codec(name, layer.impl.codec, layer.impl.num_heads, pages)
                 if compressed
                 else LayerMemory.of_dense(name, pages)
             )
-        return WorkerMemory(tuple(layers)).to_wire()
+        return WorkerMemory(tuple(layers), shared).to_wire()
 
     def spectral_record_hidden(self, name: str, exact: bool) -> None:
         """EVALUATE: keep the final hidden states of the next steps under ``name``, computed exactly or from pages."""

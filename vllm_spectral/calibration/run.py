@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from vllm_spectral import __version__
 from vllm_spectral.calibration.allocate import hadamard_layer, spectral_layer
 from vllm_spectral.calibration.prompts import OPENINGS, QUESTIONS
-from vllm_spectral.codec.codebook import MAX_BITS, normal_codebooks
+from vllm_spectral.codec.codebook import MAX_BITS, Codebooks, normal_codebooks
 from vllm_spectral.codec.layout import slot_bytes_for
 from vllm_spectral.config import Mode, SpectralConfig
 from vllm_spectral.errors import ConfigError, SpectralError
@@ -122,7 +122,7 @@ def calibrate(request: CalibrationRequest, *, progress: bool = True) -> Profile:
         name=request.name,
         fingerprint=fingerprint,
         slot_bytes=slot_bytes,
-        codebooks=normal_codebooks(),
+        codebooks=Codebooks(normal_codebooks()),
         layers=tuple(layers),
         provenance=Provenance(
             basis=request.basis,

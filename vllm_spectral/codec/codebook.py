@@ -17,6 +17,11 @@ from torch import Tensor
 MAX_BITS = 8
 """Most bits one channel may take; a codebook of ``b`` bits has ``2 ** b`` levels."""
 
+CELLS = 4096
+"""Cells of the quantization table; the narrowest step of the widest codebook spans eight of them."""
+CELL_RANGE = 4.5
+"""Beyond it every codebook is at its outermost level."""
+
 
 @lru_cache(maxsize=1)
 def normal_codebooks(iterations: int = 2000) -> Tensor:
@@ -45,6 +50,55 @@ def normal_codebooks(iterations: int = 2000) -> Tensor:
         levels = (levels - levels.flip(0)) / 2
         table[bits, :count] = levels.float()
     return table
+
+
+class Codebooks:
+    """Codebooks with the tables that quantize by lookup.
+
+    The range ``[-CELL_RANGE, CELL_RANGE)`` is cut into :data:`CELLS` equal cells, and all values in a cell get the code
+    that is nearest to its center: one table lookup for any bit width, and a definition that a kernel can meet exactly.
+
+    Args:
+        levels: ``[MAX_BITS + 1, 2 ** MAX_BITS]`` float32, as :func:`normal_codebooks` lays them out.
+    """
+
+    def __init__(self, levels: Tensor) -> None:
+        self.levels = levels
+        center = (torch.arange(CELLS) + 0.5) * (2 * CELL_RANGE / CELLS) - CELL_RANGE
+        self._cell_codes = torch.stack(
+            [torch.bucketize(center, boundaries(levels[bits, : 2**bits])) for bits in range(MAX_BITS + 1)]
+        )
+        self._cell_levels = levels.gather(1, self._cell_codes)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the tables."""
+        return sum(t.numel() * t.element_size() for t in (self.levels, self._cell_codes, self._cell_levels))
+
+    def nearest_levels(self, values: Tensor, bits: Tensor) -> Tensor:
+        """The level each value is stored as.
+
+        Args:
+            values: ``[..., num_heads, head_dim]`` float32, in units of the codebook.
+            bits: ``[num_heads, head_dim]`` int64.
+
+        Returns:
+            ``[..., num_heads, head_dim]`` float32.
+        """
+        return self._cell_levels.flatten()[self._cells(values, bits)]
+
+    def nearest_codes(self, values: Tensor, bits: Tensor) -> Tensor:
+        """The code each value is stored as, int64; shapes as :meth:`nearest_levels`."""
+        return self._cell_codes.flatten()[self._cells(values, bits)]
+
+    def levels_of(self, codes: Tensor, bits: Tensor) -> Tensor:
+        """The levels of codes: ``[..., num_heads, head_dim]`` int to float32."""
+        return self.levels.flatten()[bits * self.levels.shape[1] + codes]
+
+    @staticmethod
+    def _cells(values: Tensor, bits: Tensor) -> Tensor:
+        cell = ((values + CELL_RANGE) * (CELLS / (2 * CELL_RANGE))).clamp(0, CELLS - 1).long()
+        return cell.add_(bits * CELLS)
 
 
 def boundaries(levels: Tensor) -> Tensor:

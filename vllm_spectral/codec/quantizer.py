@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_spectral.codec import codebook, packing
+from vllm_spectral.codec import packing
+from vllm_spectral.codec.codebook import Codebooks
 from vllm_spectral.codec.layout import FLAT_FLAG, KEY_SCALE_OFFSET, VALUE_SCALE_OFFSET, PieceTable, SlotLayout
 from vllm_spectral.codec.rotation import rotate
 
@@ -54,7 +55,7 @@ class LayerCodec:
             fallback codes what differs from it. Attention sinks are nearly the same vector in every request, and an
             error on their values enters every later output with a large weight.
         layout: the layer's byte layout.
-        codebooks: ``[MAX_BITS + 1, 2 ** MAX_BITS]`` float32, see :func:`codebook.normal_codebooks`.
+        codebooks: the codebooks, shared by all layers.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class LayerCodec:
         key_sink: Tensor,
         value_sink: Tensor,
         layout: SlotLayout,
-        codebooks: Tensor,
+        codebooks: Codebooks,
     ) -> None:
         self.layout = layout
         self.codebooks = codebooks
@@ -149,34 +150,18 @@ class LayerCodec:
         whitened = rotated / width
         power = (whitened.square() * stored).sum(-1) / stored.sum(-1).clamp_min(1)
         center = torch.log2(power.sqrt().clamp_min(1e-30)) * SCALE_STEPS_PER_OCTAVE + SCALE_UNIT_INDEX
-        best_codes = torch.zeros_like(rotated, dtype=torch.int64)
         best_index = torch.zeros(rotated.shape[:-1], dtype=torch.int64)
         best_error = torch.full(rotated.shape[:-1], torch.inf)
         for offset in SCALE_SEARCH:
             index = (center.round().long() + offset).clamp(0, NUM_SCALES - 1)
             scale = self._scales[index][..., None]
-            codes, levels = self._nearest(whitened / scale, bits)
-            error = (rotated - levels * width * scale).square().sum(-1)
+            restored = self.codebooks.nearest_levels(whitened / scale, bits) * width * scale
+            error = (rotated - restored).square().sum(-1)
             better = error < best_error
-            best_codes = torch.where(better[..., None], codes, best_codes)
             best_index = torch.where(better, index, best_index)
             best_error = torch.where(better, error, best_error)
-        return best_codes, best_index, best_error
-
-    def _nearest(self, normalized: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest code and its level for ``[T, H, D]`` values in units of the codebook."""
-        flat = normalized.flatten(1)
-        codes = torch.zeros_like(flat, dtype=torch.int64)
-        levels = torch.zeros_like(flat)
-        for count in torch.unique(bits).tolist():
-            if count == 0:
-                continue
-            columns = (bits.flatten() == count).nonzero().squeeze(1)
-            book = self.codebooks[count, : 2**count]
-            chosen = torch.bucketize(flat[:, columns].contiguous(), codebook.boundaries(book))
-            codes[:, columns] = chosen
-            levels[:, columns] = book[chosen]
-        return codes.view_as(normalized), levels.view_as(normalized)
+        codes = self.codebooks.nearest_codes(whitened / self._scales[best_index][..., None], bits)
+        return codes, best_index, best_error
 
     def _decode(self, slots: Tensor, coding: VectorCoding) -> Tensor:
         header = slots[..., coding.scale_offset].long()
@@ -190,5 +175,4 @@ class LayerCodec:
         return rotated
 
     def _levels(self, slots: Tensor, table: PieceTable) -> Tensor:
-        codes = packing.unpack(slots, table)
-        return self.codebooks.flatten()[table.bits * self.codebooks.shape[1] + codes]
+        return self.codebooks.levels_of(packing.unpack(slots, table), table.bits)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from vllm_spectral.codec.codebook import Codebooks
 from vllm_spectral.codec.layout import SlotLayout
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.models.description import ModelFingerprint
@@ -63,7 +64,7 @@ class LayerProfile:
         part = slice(first, first + count)
         return LayerProfile(**{name: tensor[part].clone() for name, tensor in vars(self).items()})
 
-    def codec(self, slot_bytes: int, codebooks: Tensor) -> LayerCodec:
+    def codec(self, slot_bytes: int, codebooks: Codebooks) -> LayerCodec:
         """Build the layer's codec; raises ``ValueError`` if the bits do not fit ``slot_bytes``."""
         return LayerCodec(
             self.key_basis,
@@ -85,7 +86,7 @@ class Profile:
         name: short human name, shown by the server.
         fingerprint: the model it belongs to.
         slot_bytes: bytes per (token, KV head, layer).
-        codebooks: ``[MAX_BITS + 1, 2 ** MAX_BITS]`` float32.
+        codebooks: levels and lookup tables; the file holds the levels.
         layers: one entry per model layer, by layer index.
         provenance: how it was made.
         digest: hex SHA-256 over all of the above but ``provenance.created``.
@@ -94,7 +95,7 @@ class Profile:
     name: str
     fingerprint: ModelFingerprint
     slot_bytes: int
-    codebooks: Tensor
+    codebooks: Codebooks
     layers: tuple[LayerProfile, ...]
     provenance: Provenance
     digest: str = ""

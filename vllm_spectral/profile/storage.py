@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_spectral.codec.codebook import MAX_BITS
+from vllm_spectral.codec.codebook import MAX_BITS, Codebooks
 from vllm_spectral.errors import (
     ProfileDigestError,
     ProfileError,
@@ -38,7 +38,7 @@ def save_profile(profile: Profile, path: Path) -> Profile:
     Raises:
         ProfileError: if the file cannot be written.
     """
-    tensors = {"codebooks": profile.codebooks}
+    tensors = {"codebooks": profile.codebooks.levels}
     for index, layer in enumerate(profile.layers):
         tensors |= {f"layers.{index}.{name}": getattr(layer, name).contiguous() for name in _LAYER_FIELDS}
     header = {
@@ -107,7 +107,7 @@ def load_profile(path: Path) -> Profile:
             name=header["name"],
             fingerprint=ModelFingerprint(**header["fingerprint"]),
             slot_bytes=header["slot_bytes"],
-            codebooks=tensors["codebooks"],
+            codebooks=Codebooks(tensors["codebooks"]),
             layers=tuple(
                 LayerProfile(**{name: tensors[f"layers.{index}.{name}"] for name in _LAYER_FIELDS})
                 for index in range(header["num_layers"])
@@ -136,8 +136,8 @@ def _check_shapes(profile: Profile) -> None:
     matrix = (*vector, model.head_dim)
     if len(profile.layers) != model.num_layers:
         raise ValueError(f"{len(profile.layers)} layers for a model of {model.num_layers}")
-    if tuple(profile.codebooks.shape) != (MAX_BITS + 1, 2**MAX_BITS):
-        raise ValueError(f"codebooks have shape {tuple(profile.codebooks.shape)}")
+    if tuple(profile.codebooks.levels.shape) != (MAX_BITS + 1, 2**MAX_BITS):
+        raise ValueError(f"codebooks have shape {tuple(profile.codebooks.levels.shape)}")
     for index, layer in enumerate(profile.layers):
         for name in _LAYER_FIELDS:
             shape = tuple(getattr(layer, name).shape)

@@ -71,18 +71,24 @@ class LayerMemory:
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """All attention layers of one rank."""
+    """All attention layers of one rank, and what they share.
+
+    Attributes:
+        layers: the layers.
+        shared_bytes: tables that all layers use.
+    """
 
     layers: tuple[LayerMemory, ...]
+    shared_bytes: int = 0
 
-    def to_wire(self) -> list[dict[str, Any]]:
+    def to_wire(self) -> dict[str, Any]:
         """Plain lists and dictionaries: between vLLM's processes dataclasses do not survive."""
-        return [asdict(layer) for layer in self.layers]
+        return asdict(self)
 
     @classmethod
-    def from_wire(cls, wire: Sequence[Mapping[str, Any]]) -> WorkerMemory:
+    def from_wire(cls, wire: Mapping[str, Any]) -> WorkerMemory:
         """The inverse of :meth:`to_wire`."""
-        return cls(tuple(LayerMemory(**layer) for layer in wire))
+        return cls(tuple(LayerMemory(**layer) for layer in wire["layers"]), wire["shared_bytes"])
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class MemoryReport:
     @property
     def profile_bytes(self) -> int:
         """Bases, spectra and tables, on every rank."""
-        return sum(layer.static_bytes for layer in self._layers())
+        return sum(layer.static_bytes for layer in self._layers()) + sum(w.shared_bytes for w in self.workers)
 
     @property
     def workspace_bytes(self) -> int:

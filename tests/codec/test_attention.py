@@ -64,9 +64,9 @@ def test_a_token_attends_alike_however_the_prompt_is_cut(layer: LayerProfile) ->
     whole = request.attend(0, 200)
     cuts = [0, 1, 50, 128, 199, 200]
     parts = torch.cat([request.attend(a, b) for a, b in itertools.pairwise(cuts)])
-    torch.testing.assert_close(parts, whole, rtol=ATTENTION, atol=ATTENTION)
+    assert torch.equal(parts.bfloat16(), whole.bfloat16())
 
 
 def test_the_workspace_claim_covers_the_largest_tile() -> None:
-    tile = 4 * attention.KEY_TILE_TOKENS * (2 * HEADS * DIM + attention.QUERY_TILE_TOKENS * GROUP * HEADS)
+    tile = 8 * attention.KEY_TILE_TOKENS * (2 * HEADS * DIM + attention.QUERY_TILE_TOKENS * GROUP * HEADS)
     assert attention.workspace_bytes(GROUP * HEADS, HEADS, DIM) >= tile

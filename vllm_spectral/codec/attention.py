@@ -4,6 +4,10 @@ With orthogonal ``U_k`` and ``U_v``, ``q . k = (q U_k) . (k U_k)`` and ``sum p v
 query is rotated once, values are accumulated rotated, and the output is un-rotated once; the cache never is.
 Softmax runs over tiles of keys with a running maximum (Milakov and Gimelshein, "Online normalizer calculation for
 softmax", 2018), so that the decoded tile, not the context, bounds the workspace.
+
+Everything is summed in float64 and rounded once. A matrix product sums in an order that depends on its shape, hence on
+how a prompt was cut and who else is in the batch; in float32 that would change a hidden state now and then, the hidden
+state a stored code, and the code every later token. See the contract in ``docs/architecture.md``.
 """
 
 from __future__ import annotations
@@ -14,17 +18,17 @@ from torch import Tensor
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.codec.rotation import rotate, unrotate
 
-KEY_TILE_TOKENS = 1024
+KEY_TILE_TOKENS = 512
 """Tokens decoded at a time (rounded to whole blocks)."""
-QUERY_TILE_TOKENS = 512
+QUERY_TILE_TOKENS = 256
 """Queries that attend to a decoded tile at a time."""
 
 
 def workspace_bytes(num_query_heads: int, num_heads: int, head_dim: int) -> int:
-    """Largest float32 workspace of :func:`paged_attention`, in bytes: a decoded tile of K and V, and its scores."""
+    """Largest float64 workspace of :func:`paged_attention`, in bytes: a decoded tile of K and V, and its scores."""
     decoded = 2 * KEY_TILE_TOKENS * num_heads * head_dim
     scores = 2 * num_query_heads * QUERY_TILE_TOKENS * KEY_TILE_TOKENS
-    return 4 * (decoded + scores)
+    return 8 * (decoded + scores)
 
 
 def paged_attention(
@@ -52,18 +56,18 @@ def paged_attention(
     block_size = pages.shape[2]
     # [H, G * Tq, D]: the queries that share a KV head become rows of one matrix.
     grouped = rotate(query.view(num_queries, num_heads, group, head_dim).transpose(1, 2), codec.keys.basis)
-    grouped = (grouped * scale).permute(2, 1, 0, 3)
+    grouped = (grouped.double() * scale).permute(2, 1, 0, 3)
     position = torch.arange(context_len - num_queries, context_len)
-    output = torch.zeros(num_heads, group, num_queries, head_dim)
-    total = torch.zeros(num_heads, group, num_queries, 1)
-    peak = torch.full((num_heads, group, num_queries, 1), -torch.inf)
+    output = torch.zeros(num_heads, group, num_queries, head_dim, dtype=torch.float64)
+    total = torch.zeros(num_heads, group, num_queries, 1, dtype=torch.float64)
+    peak = torch.full_like(total, -torch.inf)
     step = max(KEY_TILE_TOKENS // block_size, 1)
     for first in range(0, -(-context_len // block_size), step):
         slots = codec.layout.read(pages, blocks[first : first + step])
         start = first * block_size
         slots = slots[: context_len - start]
-        keys = codec.decode_keys(slots).permute(1, 2, 0).unsqueeze(1)
-        values = codec.decode_values(slots).transpose(0, 1).unsqueeze(1)
+        keys = codec.decode_keys(slots).double().permute(1, 2, 0).unsqueeze(1)
+        values = codec.decode_values(slots).double().transpose(0, 1).unsqueeze(1)
         key_position = torch.arange(start, start + slots.shape[0])
         for low in range(0, num_queries, QUERY_TILE_TOKENS):
             rows = slice(low, low + QUERY_TILE_TOKENS)
@@ -73,7 +77,7 @@ def paged_attention(
             scores.masked_fill_(key_position > position[rows, None], -torch.inf)
             new_peak = torch.maximum(peak[:, :, rows], scores.amax(-1, keepdim=True))
             # A query before this tile sees nothing yet: keep its peak finite so that exp(-inf - peak) is 0, not NaN.
-            safe_peak = new_peak.clamp_min(torch.finfo(torch.float32).min)
+            safe_peak = new_peak.clamp_min(torch.finfo(torch.float64).min)
             weights = scores.sub_(safe_peak).exp_()
             decay = (peak[:, :, rows] - safe_peak).exp()
             output[:, :, rows] = output[:, :, rows] * decay + weights @ values

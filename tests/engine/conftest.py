@@ -1,0 +1,163 @@
+"""One calibration, one server and a handful of engines, shared by all engine tests."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import pydoc_data.topics
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_spectral.backend.engine import cpu_dtype
+from vllm_spectral.models.demo import demo_model
+
+POOL_BYTES = 128 << 20
+START_SECONDS = 300
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "engine" in item.path.parts:
+            item.add_marker(pytest.mark.engine)
+
+
+def cli(*argv: str) -> list[str]:
+    return [sys.executable, "-m", "vllm_spectral.cli.main", *argv]
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    return demo_model(progress=False)
+
+
+@pytest.fixture(scope="session")
+def calibrated(work: Path) -> Path:
+    """The default profile of the demo model, made by the command as a user would."""
+    path = work / "demo.spectral"
+    result = subprocess.run(cli("calibrate", "demo", "-o", str(path)), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return path
+
+
+@pytest.fixture(scope="session")
+def texts(work: Path) -> dict[str, Path]:
+    """Held-out text that every Python brings: technical prose and code."""
+    topics = pydoc_data.topics.topics
+    prose, code = work / "prose.txt", work / "code.txt"
+    prose.write_text("\n\n".join(topics[key] for key in sorted(topics)))
+    code.write_text("\n".join(inspect.getsource(module) for module in (statistics, shutil)))
+    return {"prose": prose, "code": code}
+
+
+@pytest.fixture(scope="session")
+def run_engine(demo: Path) -> Callable[..., dict[str, Any]]:
+    """Run ``runner.py``; see there. In the dtype that the command would choose on this machine."""
+
+    def run(
+        rounds: list[list[Any]],
+        *,
+        model: Path | None = None,
+        spectral: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
+        max_tokens: int = 32,
+        **options: Any,
+    ) -> dict[str, Any]:
+        defaults: dict[str, Any] = {
+            "dtype": cpu_dtype(),
+            "max_model_len": 2048,
+            "max_num_batched_tokens": 4096,
+            "kv_cache_memory_bytes": POOL_BYTES,
+            "enable_prefix_caching": False,
+        }
+        if spectral is not None:
+            defaults["additional_config"] = {"spectral": spectral}
+        request = {
+            "model": str(model or demo), "options": defaults | options, "rounds": rounds, "max_tokens": max_tokens,
+        }  # fmt: skip
+        result = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("runner.py"))],
+            input=json.dumps(request), capture_output=True, text=True, check=False,
+            env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"} | (environment or {}),
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-6000:]
+        answer: dict[str, Any] = json.loads(result.stdout)
+        return answer
+
+    return run
+
+
+@dataclass
+class Server:
+    """A running server, its address, its key and its log."""
+
+    url: str
+    key: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def get(self, path: str, key: str | None = None) -> tuple[int, Any]:
+        """Status and body of a GET; the body is parsed if it is JSON."""
+        request = urllib.request.Request(self.url + path)
+        if key:
+            request.add_header("Authorization", f"Bearer {key}")
+        try:
+            with urllib.request.urlopen(request) as response:
+                status, body = response.status, response.read()
+        except urllib.error.HTTPError as error:
+            status, body = error.code, error.read()
+        with contextlib.suppress(ValueError):
+            return status, json.loads(body)
+        return status, body.decode()
+
+
+@pytest.fixture(scope="session")
+def server(calibrated: Path, work: Path) -> Iterator[Server]:
+    """``vllm-spectral serve demo``, as a user starts it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = work / "server.log"
+    flags = ["--host", "127.0.0.1", "--port", str(port), "--api-key", "secret", "--max-model-len", "2048"]
+    flags += ["--kv-cache-memory-bytes", str(POOL_BYTES)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            cli("serve", "demo", "--profile", str(calibrated), *flags), stdout=stream, stderr=subprocess.STDOUT
+        )
+    running = Server(f"http://127.0.0.1:{port}", "secret", log, process)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            assert process.poll() is None, log.read_text()[-6000:]
+            assert time.monotonic() < deadline, log.read_text()[-6000:]
+            with contextlib.suppress(urllib.error.URLError):
+                if running.get("/health")[0] == 200:
+                    break
+            time.sleep(0.5)
+        yield running
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise

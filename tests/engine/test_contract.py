@@ -1,0 +1,160 @@
+"""What a token attends to does not depend on how the prompt was cut, cached, batched or preempted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.conftest import DIM, correlated
+from tests.engine.conftest import POOL_BYTES
+from vllm_spectral.backend.engine import cpu_dtype
+from vllm_spectral.calibration.allocate import spectral_layer
+from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
+from vllm_spectral.models.description import ModelDescription
+from vllm_spectral.profile.schema import Profile, Provenance
+from vllm_spectral.profile.storage import save_profile
+from vllm_spectral.stats.moments import LayerMoments
+
+RunEngine = Callable[..., dict[str, Any]]
+SHORT = "The three most important inventions of the nineteenth century were"
+
+
+@pytest.fixture(scope="module")
+def prompts(texts: dict[str, Path], demo: Path) -> list[Any]:
+    """A long prompt of about a thousand tokens, and three short ones."""
+    return [
+        texts["prose"].read_text()[20_000:24_500],
+        SHORT,
+        "def fibonacci(n):\n",
+        "Question: what is 12 + 30?\nAnswer:",
+    ]
+
+
+@pytest.fixture(scope="module")
+def spectral(calibrated: Path) -> dict[str, Any]:
+    return {"profile": str(calibrated)}
+
+
+@pytest.fixture(scope="module")
+def reference(run_engine: RunEngine, prompts: list[Any], spectral: dict[str, Any]) -> dict[str, Any]:
+    """Every prompt in one piece, alone, nothing cached."""
+    return run_engine([[prompt] for prompt in prompts], spectral=spectral)
+
+
+@pytest.fixture(scope="module")
+def stock(run_engine: RunEngine, prompts: list[Any]) -> dict[str, Any]:
+    """Stock vLLM with no plugin loaded at all."""
+    return run_engine([[prompt] for prompt in prompts], environment={"VLLM_PLUGINS": ""})
+
+
+def ids(answer: dict[str, Any]) -> list[list[int]]:
+    return [request["ids"] for batch in answer["rounds"] for request in batch]
+
+
+def test_capacity_is_at_least_3_8_times_stock(reference: dict[str, Any], run_engine: RunEngine) -> None:
+    stock = run_engine([], dtype="bfloat16", environment={"VLLM_PLUGINS": ""})
+    assert reference["capacity"] >= 3.8 * stock["capacity"]
+
+
+def test_chunks_of_256_and_a_prefix_hit_give_the_same_text(
+    reference: dict[str, Any], run_engine: RunEngine, prompts: list[Any], spectral: dict[str, Any]
+) -> None:
+    again = run_engine(
+        [[prompts[0]], [prompts[0]], prompts[1:]],
+        spectral=spectral, enable_prefix_caching=True, max_num_batched_tokens=256,
+    )  # fmt: skip
+    cold, warm = again["rounds"][0][0], again["rounds"][1][0]
+    assert not cold["cached"]
+    assert warm["cached"] > 500
+    expected = ids(reference)
+    assert cold["ids"] == warm["ids"] == expected[0]
+    assert ids(again)[2:] == expected[1:]
+
+
+def test_preemption_gives_the_same_text(
+    reference: dict[str, Any], run_engine: RunEngine, prompts: list[Any], spectral: dict[str, Any]
+) -> None:
+    """Twelve requests of about 64 tokens, three blocks each at their end, in a pool of 20 blocks."""
+    pool = 20 * 32 * 30 * 3 * 64
+    shorts = prompts[1:] * 4
+    answer = run_engine([shorts], spectral=spectral, kv_cache_memory_bytes=pool, max_model_len=512, max_tokens=64)
+    assert answer["preemptions"] > 0
+    for index, found in enumerate(ids(answer)):
+        assert found[:32] == ids(reference)[1 + index % 3]
+
+
+def test_unconfigured_the_plugin_changes_nothing(
+    stock: dict[str, Any], run_engine: RunEngine, prompts: list[Any], spectral: dict[str, Any]
+) -> None:
+    loaded = run_engine([[prompt] for prompt in prompts])
+    disabled = run_engine([[SHORT]], spectral=spectral, environment={"VLLM_SPECTRAL_DISABLE": "1"})
+    assert ids(loaded) == ids(stock)
+    assert ids(disabled)[0] == ids(stock)[1]
+    assert loaded["capacity"] == disabled["capacity"] == stock["capacity"]
+
+
+def test_exempt_layers_keep_stock_pages(run_engine: RunEngine, spectral: dict[str, Any], stock: dict[str, Any]) -> None:
+    some = run_engine([[SHORT]], spectral=spectral | {"exempt_layers": [0, 29]})
+    dense, slot = 2 * DIM * (2 if cpu_dtype() == "auto" else 4), 64
+    per_token = 3 * (28 * slot + 2 * dense)
+    assert some["capacity"] == POOL_BYTES // (32 * per_token) * 32
+    every = run_engine([[SHORT]], spectral=spectral | {"exempt_layers": list(range(30))})
+    assert ids(every)[0] == ids(stock)[1]
+    assert every["capacity"] == stock["capacity"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny random Llama and a profile whose heads all differ, so that a rank with the wrong heads is seen."""
+    directory = tmp_path_factory.mktemp("tiny")
+    hidden, heads, layers, inner, vocab = 256, 4, 2, 512, 512
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": DIM,
+        "vocab_size": vocab, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * (2.0 / shape[-1]) ** 0.5
+
+    tensors = {"model.embed_tokens.weight": weight(vocab, hidden) * 16, "lm_head.weight": weight(vocab, hidden)}
+    tensors["model.norm.weight"] = torch.ones(hidden)
+    for index in range(layers):
+        prefix = f"model.layers.{index}."
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            tensors[f"{prefix}self_attn.{name}.weight"] = weight(hidden, hidden)
+        tensors[f"{prefix}mlp.gate_proj.weight"] = weight(inner, hidden)
+        tensors[f"{prefix}mlp.up_proj.weight"] = weight(inner, hidden)
+        tensors[f"{prefix}mlp.down_proj.weight"] = weight(hidden, inner)
+        tensors[f"{prefix}input_layernorm.weight"] = torch.ones(hidden)
+        tensors[f"{prefix}post_attention_layernorm.weight"] = torch.ones(hidden)
+    save_file(tensors, directory / "model.safetensors")
+    moments = LayerMoments(heads, DIM)
+    vectors = correlated(3000, seed=0, heads=heads)
+    moments.add(torch.randn(3000, heads, DIM, generator=generator), vectors, vectors, torch.arange(3000))
+    profile = Profile(
+        "tiny", ModelDescription.from_directory(directory).fingerprint(), 96, Codebooks(normal_codebooks()),
+        tuple(spectral_layer(moments, 96) for _ in range(layers)), Provenance("spectral", 6.0, "", 3000, 0, "", {}),
+    )  # fmt: skip
+    save_profile(profile, directory / "tiny.spectral")
+    return directory, directory / "tiny.spectral"
+
+
+def test_tensor_parallel_ranks_take_their_own_heads(run_engine: RunEngine, tiny: tuple[Path, Path]) -> None:
+    model, profile = tiny
+    prompt = [(7 * i) % 500 + 5 for i in range(200)]
+    options: dict[str, Any] = {
+        "model": model, "spectral": {"profile": str(profile)}, "skip_tokenizer_init": True, "kv_cache_memory_bytes": 8 << 20,
+    }  # fmt: skip
+    one = run_engine([[prompt]], **options)
+    two = run_engine([[prompt]], tensor_parallel_size=2, environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, **options)
+    assert ids(two) == ids(one)

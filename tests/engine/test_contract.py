@@ -23,17 +23,14 @@ from vllm_spectral.stats.moments import LayerMoments
 
 RunEngine = Callable[..., dict[str, Any]]
 SHORT = "The three most important inventions of the nineteenth century were"
+OTHERS = ("def fibonacci(n):\n", "Question: what is 12 + 30?\nAnswer:", "Dear Sir or Madam,\n\n", "Once upon a time")
+BATCH = [SHORT, *OTHERS, SHORT]
 
 
 @pytest.fixture(scope="module")
-def prompts(texts: dict[str, Path], demo: Path) -> list[Any]:
-    """A long prompt of about a thousand tokens, and three short ones."""
-    return [
-        texts["prose"].read_text()[20_000:24_500],
-        SHORT,
-        "def fibonacci(n):\n",
-        "Question: what is 12 + 30?\nAnswer:",
-    ]
+def long_prompt(texts: dict[str, Path]) -> str:
+    """About a thousand tokens of prose."""
+    return texts["prose"].read_text()[20_000:24_500]
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +39,20 @@ def spectral(calibrated: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def reference(run_engine: RunEngine, prompts: list[Any], spectral: dict[str, Any]) -> dict[str, Any]:
-    """Every prompt in one piece, alone, nothing cached."""
-    return run_engine([[prompt] for prompt in prompts], spectral=spectral)
+def reference(run_engine: RunEngine, long_prompt: str, spectral: dict[str, Any]) -> dict[str, Any]:
+    """The long prompt alone in one piece, then the batch; nothing cached, memory in plenty."""
+    return run_engine([[long_prompt], BATCH], spectral=spectral)
 
 
 @pytest.fixture(scope="module")
-def stock(run_engine: RunEngine, prompts: list[Any]) -> dict[str, Any]:
+def stock(run_engine: RunEngine, long_prompt: str) -> dict[str, Any]:
     """Stock vLLM with no plugin loaded at all."""
-    return run_engine([[prompt] for prompt in prompts], environment={"VLLM_PLUGINS": ""})
+    return run_engine([[long_prompt], [SHORT]], environment={"VLLM_PLUGINS": ""})
 
 
-def ids(answer: dict[str, Any]) -> list[list[int]]:
-    return [request["ids"] for batch in answer["rounds"] for request in batch]
+def ids(answer: dict[str, Any]) -> list[list[list[int]]]:
+    """Generated token ids: ``[round][request]``."""
+    return [[request["ids"] for request in batch] for batch in answer["rounds"]]
 
 
 def test_capacity_is_at_least_3_8_times_stock(reference: dict[str, Any], run_engine: RunEngine) -> None:
@@ -63,39 +61,36 @@ def test_capacity_is_at_least_3_8_times_stock(reference: dict[str, Any], run_eng
 
 
 def test_chunks_of_256_and_a_prefix_hit_give_the_same_text(
-    reference: dict[str, Any], run_engine: RunEngine, prompts: list[Any], spectral: dict[str, Any]
+    reference: dict[str, Any], run_engine: RunEngine, long_prompt: str, spectral: dict[str, Any]
 ) -> None:
     again = run_engine(
-        [[prompts[0]], [prompts[0]], prompts[1:]],
+        [[long_prompt], BATCH, [long_prompt]],
         spectral=spectral, enable_prefix_caching=True, max_num_batched_tokens=256,
     )  # fmt: skip
-    cold, warm = again["rounds"][0][0], again["rounds"][1][0]
-    assert not cold["cached"]
-    assert warm["cached"] > 500
-    expected = ids(reference)
-    assert cold["ids"] == warm["ids"] == expected[0]
-    assert ids(again)[2:] == expected[1:]
+    cold, batch, warm = again["rounds"]
+    assert not cold[0]["cached"]
+    assert warm[0]["cached"] > 500
+    assert ids(again) == [*ids(reference), ids(reference)[0]]
+    assert batch[0]["ids"] == batch[-1]["ids"], "the same request twice in a batch"
 
 
 def test_preemption_gives_the_same_text(
-    reference: dict[str, Any], run_engine: RunEngine, prompts: list[Any], spectral: dict[str, Any]
+    reference: dict[str, Any], run_engine: RunEngine, spectral: dict[str, Any]
 ) -> None:
-    """Twelve requests of about 64 tokens, three blocks each at their end, in a pool of 20 blocks."""
-    pool = 20 * 32 * 30 * 3 * 64
-    shorts = prompts[1:] * 4
-    answer = run_engine([shorts], spectral=spectral, kv_cache_memory_bytes=pool, max_model_len=512, max_tokens=64)
+    """Six requests, two blocks each at their end, in a pool of nine blocks (one of them vLLM's null block)."""
+    pool = 9 * 32 * 30 * 3 * 64
+    answer = run_engine([BATCH], spectral=spectral, kv_cache_memory_bytes=pool, max_model_len=128)
     assert answer["preemptions"] > 0
-    for index, found in enumerate(ids(answer)):
-        assert found[:32] == ids(reference)[1 + index % 3]
+    assert ids(answer)[0] == ids(reference)[1]
 
 
 def test_unconfigured_the_plugin_changes_nothing(
-    stock: dict[str, Any], run_engine: RunEngine, prompts: list[Any], spectral: dict[str, Any]
+    stock: dict[str, Any], run_engine: RunEngine, long_prompt: str, spectral: dict[str, Any]
 ) -> None:
-    loaded = run_engine([[prompt] for prompt in prompts])
-    disabled = run_engine([[SHORT]], spectral=spectral, environment={"VLLM_SPECTRAL_DISABLE": "1"})
+    loaded = run_engine([[long_prompt], [SHORT]])
+    disabled = run_engine([[long_prompt]], spectral=spectral, environment={"VLLM_SPECTRAL_DISABLE": "1"})
     assert ids(loaded) == ids(stock)
-    assert ids(disabled)[0] == ids(stock)[1]
+    assert ids(disabled)[0] == ids(stock)[0]
     assert loaded["capacity"] == disabled["capacity"] == stock["capacity"]
 
 

@@ -70,7 +70,7 @@ def texts(work: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def run_engine(demo: Path) -> Callable[..., dict[str, Any]]:
+def run_engine(demo: Path, work: Path) -> Callable[..., dict[str, Any]]:
     """Run ``runner.py``; see there. In the dtype that the command would choose on this machine."""
 
     def run(
@@ -94,13 +94,21 @@ def run_engine(demo: Path) -> Callable[..., dict[str, Any]]:
         request = {
             "model": str(model or demo), "options": defaults | options, "rounds": rounds, "max_tokens": max_tokens,
         }  # fmt: skip
-        result = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("runner.py"))],
-            input=json.dumps(request), capture_output=True, text=True, check=False,
-            env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"} | (environment or {}),
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr[-6000:]
-        answer: dict[str, Any] = json.loads(result.stdout)
+        answer_file, log = work / "answer.json", work / "engine.log"
+        with answer_file.open("wb") as out, log.open("wb") as err:
+            process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("runner.py"))],
+                stdin=subprocess.PIPE, stdout=out, stderr=err, start_new_session=True,
+                env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"} | (environment or {}),
+            )  # fmt: skip
+            try:
+                process.communicate(json.dumps(request).encode(), timeout=START_SECONDS)
+            finally:
+                # Workers of a tensor-parallel engine outlive a crashed parent.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode == 0, log.read_text()[-6000:]
+        answer: dict[str, Any] = json.loads(answer_file.read_text())
         return answer
 
     return run

@@ -27,11 +27,13 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         outputs = llm.generate(batch, params, use_tqdm=False)
         rounds.append([{"ids": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens} for o in outputs])
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    return {
+    answer = {
         "rounds": rounds,
         "capacity": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens,
         "preemptions": metrics["vllm:num_preemptions"],
     }
+    llm.llm_engine.engine_core.shutdown()
+    return answer
 
 
 if __name__ == "__main__":

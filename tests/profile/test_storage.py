@@ -20,7 +20,7 @@ from vllm_spectral.errors import (
     ProfileVersionError,
 )
 from vllm_spectral.profile.report import plot_profile, summarize
-from vllm_spectral.profile.schema import Profile
+from vllm_spectral.profile.schema import LayerProfile, Profile
 from vllm_spectral.profile.storage import load_profile, require_model, require_writable, save_profile
 
 
@@ -150,3 +150,12 @@ def test_the_report_and_the_plot(saved: Path, tmp_path: Path) -> None:
         plot_profile(profile, tmp_path / "no" / "plot.png")
     with pytest.raises(ProfileError, match="plot"):
         plot_profile(profile, tmp_path / "plot.unknown")
+
+
+def test_ranks_take_contiguous_heads_and_share_them_when_they_outnumber_them(layer: LayerProfile) -> None:
+    halves = [layer.heads(0, 2).shard(rank, 2) for rank in range(2)]
+    assert torch.equal(torch.cat([half.key_basis for half in halves]), layer.key_basis[:2])
+    assert not torch.equal(halves[0].key_basis, halves[1].key_basis)
+    replicas = [layer.heads(0, 2).shard(rank, 4) for rank in range(4)]
+    for rank, replica in enumerate(replicas):
+        assert torch.equal(replica.value_basis, layer.value_basis[rank // 2 : rank // 2 + 1])

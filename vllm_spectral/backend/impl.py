@@ -20,7 +20,7 @@ from vllm_spectral.codec.attention import paged_attention
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.config import Mode, SpectralConfig, parse_config
 from vllm_spectral.errors import ConfigError, ProfileDigestError
-from vllm_spectral.profile.schema import LayerProfile, Profile
+from vllm_spectral.profile.schema import Profile
 from vllm_spectral.profile.storage import load_profile
 
 logger = init_logger("vllm.spectral")
@@ -83,14 +83,9 @@ class SpectralImpl(CPUAttentionBackendImpl):
             logger.info("layer %s is exempt: stock pages", name)
             return
         require_supported(self, name)
-        self.codec = self._own_heads(profile.layers[index]).codec(profile.slot_bytes, profile.codebooks)
-        layer.attn_backend = _paged_backend(profile.slot_bytes)
-
-    def _own_heads(self, layer: LayerProfile) -> LayerProfile:
-        """The KV heads of this tensor-parallel rank; with more ranks than heads, ranks hold replicas."""
-        total = layer.key_bits.shape[0]
         rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        return layer.heads(rank * total // world, max(total // world, 1))
+        self.codec = profile.layers[index].shard(rank, world).codec(profile.slot_bytes, profile.codebooks)
+        layer.attn_backend = _paged_backend(profile.slot_bytes)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

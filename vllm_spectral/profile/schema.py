@@ -64,6 +64,11 @@ class LayerProfile:
         part = slice(first, first + count)
         return LayerProfile(**{name: tensor[part].clone() for name, tensor in vars(self).items()})
 
+    def shard(self, rank: int, world: int) -> LayerProfile:
+        """The KV heads of one tensor-parallel rank: a contiguous share, or a replica if ranks outnumber heads."""
+        total = self.key_bits.shape[0]
+        return self.heads(rank * total // world, max(total // world, 1))
+
     def codec(self, slot_bytes: int, codebooks: Codebooks) -> LayerCodec:
         """Build the layer's codec; raises ``ValueError`` if the bits do not fit ``slot_bytes``."""
         return LayerCodec(

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import os
-import pydoc_data.topics
-import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.texts import write as write_texts
 from vllm_spectral.backend.engine import cpu_dtype
 from vllm_spectral.models.demo import demo_model
 
@@ -62,11 +59,7 @@ def calibrated(work: Path) -> Path:
 @pytest.fixture(scope="session")
 def texts(work: Path) -> dict[str, Path]:
     """Held-out text that every Python brings: technical prose and code."""
-    topics = pydoc_data.topics.topics
-    prose, code = work / "prose.txt", work / "code.txt"
-    prose.write_text("\n\n".join(topics[key] for key in sorted(topics)))
-    code.write_text("\n".join(inspect.getsource(module) for module in (statistics, shutil)))
-    return {"prose": prose, "code": code}
+    return write_texts("held-out", work)
 
 
 @pytest.fixture(scope="session")

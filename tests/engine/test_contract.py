@@ -94,6 +94,14 @@ def test_unconfigured_the_plugin_changes_nothing(
     assert loaded["capacity"] == disabled["capacity"] == stock["capacity"]
 
 
+def test_a_profile_of_another_model_is_refused_before_the_weights_are_loaded(
+    run_engine: RunEngine, tiny: tuple[Path, Path]
+) -> None:
+    with pytest.raises(AssertionError, match="was made for another model") as failure:
+        run_engine([[SHORT]], spectral={"profile": str(tiny[1])})
+    assert "Loading weights took" not in str(failure.value)
+
+
 def test_exempt_layers_keep_stock_pages(run_engine: RunEngine, spectral: dict[str, Any], stock: dict[str, Any]) -> None:
     some = run_engine([[SHORT]], spectral=spectral | {"exempt_layers": [0, 29]})
     dense, slot = 2 * DIM * (2 if cpu_dtype() == "auto" else 4), 64

@@ -67,6 +67,7 @@ class OfflineEngine:
             kv_cache_memory_bytes=kv_cache_tokens * _FLOAT32_BYTES * model.kv_elements_per_token,
             enable_prefix_caching=False,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             seed=seed,
             additional_config=config.to_additional_config(),
             worker_extension_cls=EXTENSION,

@@ -20,17 +20,24 @@ from vllm_spectral.codec.attention import paged_attention
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.config import Mode, SpectralConfig, parse_config
 from vllm_spectral.errors import ConfigError, ProfileDigestError
+from vllm_spectral.models.demo import resolve_model
+from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.schema import Profile
-from vllm_spectral.profile.storage import load_profile
+from vllm_spectral.profile.storage import load_profile, require_model
 
 logger = init_logger("vllm.spectral")
 
 
 @lru_cache(maxsize=1)
-def _load_once(config: SpectralConfig) -> Profile:
-    """One read of the profile per process, however many layers ask."""
+def _load_once(config: SpectralConfig, model: str) -> Profile:
+    """One read of the profile per process, however many layers ask; before the model's weights are loaded.
+
+    Raises:
+        SpectralError: if the profile is unsound or belongs to another model.
+    """
     assert config.profile is not None  # parse_config guarantees it outside of CALIBRATE
     profile = load_profile(config.profile)
+    require_model(profile, ModelDescription.from_directory(resolve_model(model)).fingerprint(), config.profile)
     if config.digest not in (None, profile.digest):
         raise ProfileDigestError(
             f"{config.profile} has digest {profile.digest}, the configuration asks for {config.digest}"
@@ -38,8 +45,10 @@ def _load_once(config: SpectralConfig) -> Profile:
     outside = sorted(i for i in config.exempt_layers if i >= len(profile.layers))
     if outside:
         raise ConfigError(f"exempt_layers {outside} do not exist: the model has {len(profile.layers)} layers")
-    logger.info("spectral profile %s (digest %s): %.2f bits per element", profile.name, profile.digest[:12],
-                profile.bits_per_element)  # fmt: skip
+    logger.info(
+        "spectral profile %s (digest %s): %.2f bits per element",
+        profile.name, profile.digest[:12], profile.bits_per_element,
+    )  # fmt: skip
     return profile
 
 
@@ -71,14 +80,15 @@ class SpectralImpl(CPUAttentionBackendImpl):
         config = parse_config(self._vllm_config.additional_config)
         assert config is not None  # SpectralCPUBackend chose this class because of it
         self._config = config
+        self._profile = _load_once(config, self._vllm_config.model_config.model)
         self.codec: LayerCodec | None = None
         self.exact = False
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Load this layer's part of the profile and announce its slot size to vLLM."""
+        """Take this layer's part of the profile and announce its slot size to vLLM."""
         super().process_weights_after_loading(act_dtype)
         name, index, layer = layer_of(self, self._vllm_config)
-        profile = _load_once(self._config)
+        profile = self._profile
         if index in self._config.exempt_layers:
             logger.info("layer %s is exempt: stock pages", name)
             return

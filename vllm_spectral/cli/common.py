@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ def quiet_vllm(verbose: bool) -> None:
     """Keep vLLM's start-up log away from offline commands; must run before vLLM is imported."""
     if not verbose:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # Deprecations inside vLLM and torch are not for our users.
+        warnings.simplefilter("ignore")
 
 
 def load_for(model: ModelDescription, path: Path) -> Profile:

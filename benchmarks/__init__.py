@@ -1,0 +1,1 @@
+"""Measurements, gated on correctness; never run as tests."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm_spectral.backend.engine import OfflineEngine
 
 MIN_BITS = 1.5
-ANSWER_TOKENS = 192
+ANSWER_TOKENS = 144
 """Tokens the model writes per built-in prompt."""
 WINDOW_TOKENS = 4096
 """Length of the measured windows (shorter if the model's context is)."""

@@ -63,8 +63,8 @@ def test_keys_that_no_query_looks_at_get_fewer_bits() -> None:
     # Where each rotated channel points: its share in the half that queries ignore.
     ignored = layer.key_basis[:, : DIM // 2].square().sum(-2)
     bits = layer.key_bits.float()
-    # The measured axes leak a few per cent into the other half: a factor of about 1/50 in price, some 2.8 bits.
-    assert bits[ignored > 0.97].mean() < bits[ignored < 0.03].mean() - 2
+    # By their variance alone the ignored ones would get up to one bit more.
+    assert bits[ignored > 0.97].mean() < bits[ignored < 0.03].mean() - 1
 
 
 def test_equal_moments_give_equal_profiles_at_any_budget() -> None:

@@ -41,7 +41,7 @@ def spectral(calibrated: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def reference(run_engine: RunEngine, long_prompt: str, spectral: dict[str, Any]) -> dict[str, Any]:
     """The long prompt alone in one piece, then the batch; nothing cached, memory in plenty."""
-    return run_engine([[long_prompt], BATCH], spectral=spectral)
+    return run_engine([[long_prompt], BATCH, BATCH[:2], [SHORT]], spectral=spectral)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,16 @@ def test_chunks_of_256_and_a_prefix_hit_give_the_same_text(
     cold, batch, warm = again["rounds"]
     assert not cold[0]["cached"]
     assert warm[0]["cached"] > 500
-    assert ids(again) == [*ids(reference), ids(reference)[0]]
+    assert ids(again) == [*ids(reference)[:2], ids(reference)[0]]
     assert batch[0]["ids"] == batch[-1]["ids"], "the same request twice in a batch"
+
+
+def test_the_rest_of_the_batch_changes_nothing_and_one_row_alone_is_bounded(reference: dict[str, Any]) -> None:
+    """See the contract: a step of a single row is the one shape in which the model's own products may differ."""
+    _, batch, pair, alone = ids(reference)
+    assert pair == batch[:2]
+    # The prompt is many rows, so what is stored of it, and the first token, are the same even for a request alone.
+    assert alone[0][0] == batch[0][0]
 
 
 def test_preemption_gives_the_same_text(

@@ -51,6 +51,6 @@ def profile(layer: LayerProfile) -> Profile:
         fingerprint=ModelFingerprint("test", LAYERS, HEADS, DIM, "0" * 32),
         slot_bytes=slot_bytes_for(4.0, DIM),
         codebooks=Codebooks(normal_codebooks()),
-        layers=tuple(layer.heads(0, HEADS) for _ in range(LAYERS)),
+        layers=tuple(LayerProfile(**{k: t.clone() for k, t in vars(layer).items()}) for _ in range(LAYERS)),
         provenance=Provenance("spectral", 4.0, "none", 4000, 0, "2026-01-01T00:00:00+00:00", {}),
     )

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
 from vllm_spectral.errors import (
     ProfileDigestError,
     ProfileError,
@@ -159,3 +160,11 @@ def test_ranks_take_contiguous_heads_and_share_them_when_they_outnumber_them(lay
     replicas = [layer.heads(0, 2).shard(rank, 4) for rank in range(4)]
     for rank, replica in enumerate(replicas):
         assert torch.equal(replica.value_basis, layer.value_basis[rank // 2 : rank // 2 + 1])
+
+
+def test_a_rank_holds_no_second_copy_of_the_bases(layer: LayerProfile) -> None:
+    """The memory report counts a basis once; the profile and the codec must share it."""
+    shard = layer.shard(0, 1)
+    assert shard.key_basis.data_ptr() == layer.key_basis.data_ptr()
+    codec = shard.codec(64, Codebooks(normal_codebooks()))
+    assert codec.keys.basis.data_ptr() == layer.key_basis.data_ptr()

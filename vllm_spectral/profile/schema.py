@@ -60,9 +60,9 @@ class LayerProfile:
     value_bits: Tensor
 
     def heads(self, first: int, count: int) -> LayerProfile:
-        """The same layer, restricted to ``count`` KV heads from ``first`` on."""
+        """The same layer, restricted to ``count`` KV heads from ``first`` on; shares memory with it."""
         part = slice(first, first + count)
-        return LayerProfile(**{name: tensor[part].clone() for name, tensor in vars(self).items()})
+        return LayerProfile(**{name: tensor[part] for name, tensor in vars(self).items()})
 
     def shard(self, rank: int, world: int) -> LayerProfile:
         """The KV heads of one tensor-parallel rank: a contiguous share, or a replica if ranks outnumber heads."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from vllm_spectral.errors import UnsupportedModelError
+from vllm_spectral.models.decoder import Decoder, read_config
+from vllm_spectral.models.support import Support, assess
 
-SUPPORTED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""Head sizes that stock vLLM's paged CPU attention takes as well, so that exempt layers always have a kernel."""
 _SAMPLE_BYTES = 1 << 16
 _SAMPLES_PER_FILE = 16
 
@@ -35,7 +33,7 @@ class ModelFingerprint:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """Attention geometry of a decoder, and what keeps it from being served, if anything."""
+    """Attention geometry of a decoder, and whether it can be served."""
 
     path: Path
     model_type: str
@@ -44,7 +42,7 @@ class ModelDescription:
     num_kv_heads: int
     head_dim: int
     max_positions: int
-    obstacles: tuple[str, ...]
+    support: Support
 
     def __str__(self) -> str:
         return f"{self.model_type} in {self.path}"
@@ -56,28 +54,27 @@ class ModelDescription:
         Raises:
             UnsupportedModelError: if the directory holds no readable decoder configuration.
         """
-        file = path / "config.json"
+        decoder = Decoder(read_config(path))
+        support = assess(decoder)
         try:
-            config = json.loads(file.read_text())
-        except FileNotFoundError:
-            raise UnsupportedModelError(f"{path} is not a model directory: it has no config.json") from None
-        except (OSError, ValueError) as error:
-            raise UnsupportedModelError(f"cannot read {file}: {error}") from None
-        try:
-            config = config.get("text_config", config)
-            query_heads = int(config["num_attention_heads"])
-            return cls(
-                path=path,
-                model_type=str(config.get("model_type", "unknown")),
-                num_layers=int(config["num_hidden_layers"]),
-                num_query_heads=query_heads,
-                num_kv_heads=int(config.get("num_key_value_heads") or query_heads),
-                head_dim=int(config.get("head_dim") or config["hidden_size"] // query_heads),
-                max_positions=int(config.get("max_position_embeddings", 0)),
-                obstacles=tuple(_obstacles(config)),
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UnsupportedModelError(f"{file} does not describe a decoder with attention heads ({error})") from None
+            sizes = decoder.geometry()
+        except (LookupError, TypeError, ValueError) as error:
+            # What has no uniform attention heads is often a known kind of model: then that is the better answer.
+            support.require_served(path)
+            raise UnsupportedModelError(
+                f"{path / 'config.json'} does not describe a decoder with attention heads ({error}); "
+                "what it leaves to the library's defaults must be written out"
+            ) from None
+        return cls(
+            path=path,
+            model_type=decoder.model_type,
+            num_layers=sizes.num_layers,
+            num_query_heads=sizes.num_query_heads,
+            num_kv_heads=sizes.num_kv_heads,
+            head_dim=sizes.head_dim,
+            max_positions=sizes.max_positions,
+            support=support,
+        )
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -86,10 +83,7 @@ class ModelDescription:
 
     def require_supported(self) -> None:
         """Raise :class:`UnsupportedModelError`, naming every obstacle, unless the model can be served."""
-        if self.obstacles:
-            raise UnsupportedModelError(
-                f"{self.path} cannot be served from spectral pages: " + "; ".join(self.obstacles)
-            )
+        self.support.require_served(self.path)
 
     def fingerprint(self) -> ModelFingerprint:
         """Identity of the model. Reads about 1 MiB per weight file.
@@ -113,31 +107,3 @@ class ModelDescription:
         return ModelFingerprint(
             self.model_type, self.num_layers, self.num_kv_heads, self.head_dim, digest.hexdigest()[:32]
         )
-
-
-def _obstacles(config: dict[str, Any]) -> list[str]:
-    """Why a model with this text configuration cannot be served; empty if it can."""
-    found: list[str] = []
-    query_heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // query_heads)
-    if head_dim not in SUPPORTED_HEAD_DIMS:
-        supported = ", ".join(map(str, SUPPORTED_HEAD_DIMS))
-        found.append(f"head_dim {head_dim} is not supported (supported: {supported})")
-    if query_heads % int(config.get("num_key_value_heads") or query_heads):
-        found.append("query heads are not a multiple of KV heads")
-    if config.get("kv_lora_rank"):
-        found.append("multi-head latent attention is not supported: its cache is compressed already")
-    if config.get("sliding_window") and config.get("use_sliding_window", True):
-        found.append("sliding-window attention is not supported")
-    other = sorted(set(config.get("layer_types") or []) - {"full_attention"})
-    if other:
-        found.append(f"layers of type {', '.join(other)} are not supported, only full_attention")
-    if config.get("attn_logit_softcapping"):
-        found.append("attention logit soft-capping is not supported")
-    if config.get("alibi") or config.get("model_type") in ("bloom", "mpt"):
-        found.append("ALiBi position biases are not supported")
-    if config.get("model_type") == "gpt_oss":
-        found.append("learned attention sinks are not supported")
-    if config.get("is_encoder_decoder"):
-        found.append("encoder-decoder attention is not supported")
-    return found

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import DIM, HEADS, correlated, measured
 from vllm_spectral.calibration.allocate import spectral_layer
+from vllm_spectral.calibration.breadth import excess_error
 from vllm_spectral.calibration.prompts import OPENINGS, QUESTIONS
-from vllm_spectral.calibration.run import PIECE_TOKENS, PROBE_TOKENS, join, probes, spread
+from vllm_spectral.calibration.run import NARROW, PIECE_TOKENS, PROBE_TOKENS, join, probes, spread
 from vllm_spectral.stats.moments import LayerMoments
 
 documents = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=50), min_size=1, max_size=9)
@@ -73,3 +75,13 @@ def test_equal_moments_give_equal_profiles_at_any_budget() -> None:
         for field in dataclasses.fields(first):
             assert torch.equal(getattr(first, field.name), getattr(second, field.name))
         assert int((first.key_bits.int() + first.value_bits.int()).sum(-1).max()) <= 8 * slot
+
+
+def test_other_text_fares_worse_than_what_a_profile_was_made_of() -> None:
+    own, same, other = measured(4000, 0), measured(4000, 5), LayerMoments(HEADS, DIM)
+    white = torch.randn(2, 4000, HEADS, DIM, generator=torch.Generator().manual_seed(3))
+    other.add(torch.randn(4000, HEADS, DIM), white[0], white[1], torch.arange(4000))
+    profile = [spectral_layer(own, 48)]
+    assert excess_error(profile, [own], [own]) == pytest.approx(1.0)
+    assert excess_error(profile, [own], [same]) == pytest.approx(1.0, abs=0.1)
+    assert excess_error(profile, [own], [other]) > NARROW

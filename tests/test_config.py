@@ -24,7 +24,9 @@ def test_the_kill_switch() -> None:
 
 
 def test_round_trip() -> None:
-    config = SpectralConfig(Path("/p"), "abc", frozenset({1, 3}), Mode.EVALUATE)
+    config = SpectralConfig(Path("/p"), "abc", frozenset({1, 3}), 2, 48, 1 << 20)
+    assert parse_config(config.to_additional_config(), {}) == config
+    config = SpectralConfig(Path("/p"), exact_bytes=0)
     assert parse_config(config.to_additional_config(), {}) == config
     assert parse_config(SpectralConfig(mode=Mode.CALIBRATE).to_additional_config(), {}) is not None
 
@@ -43,6 +45,10 @@ def test_frozen() -> None:
         ({"profile": 3}, "strings"),
         ({"profile": "p", "exempt_layers": "0"}, "exempt_layers"),
         ({"profile": "p", "exempt_layers": [-1]}, "exempt_layers"),
+        ({"profile": "p", "exact_bytes": -1}, "exact_bytes"),
+        ({"profile": "p", "exact_bytes": "1G"}, "exact_bytes"),
+        ({"profile": "p", "exact_first_tokens": True}, "exact_first_tokens"),
+        ({"profile": "p", "exact_recent_tokens": None}, "exact_recent_tokens"),
         ("p", "object"),
     ],
 )

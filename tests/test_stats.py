@@ -63,7 +63,7 @@ def report(layer: LayerProfile) -> MemoryReport:
     codec = layer.codec(64, Codebooks(normal_codebooks()))
     compressed = LayerMemory.of_codec("a", codec, 9, torch.empty(10, HEADS, 32, 64, dtype=torch.uint8))
     dense = LayerMemory.of_dense("b", torch.empty(10, HEADS, 32, 2 * DIM, dtype=torch.bfloat16))
-    worker = WorkerMemory((compressed, dense), shared_bytes=1000)
+    worker = WorkerMemory((compressed, dense), shared_bytes=1000, exact_bytes=50_000)
     assert WorkerMemory.from_wire(worker.to_wire()) == worker
     return MemoryReport.gather([worker, worker], num_blocks=10, block_size=32, used_blocks=4)
 
@@ -73,8 +73,11 @@ def test_the_report_counts_every_byte(report: MemoryReport) -> None:
     assert report.uncompressed_bytes_per_token == 2 * 2 * HEADS * 4 * DIM
     assert report.pool_bytes == 320 * report.bytes_per_token
     assert (report.used_tokens, report.used_bytes) == (128, 128 * report.bytes_per_token)
-    assert report.uncompressed_capacity_tokens == report.pool_bytes // (32 * report.uncompressed_bytes_per_token) * 32
-    assert report.resident_bytes > report.pool_bytes + report.profile_bytes
+    assert report.exact_tier_bytes == 100_000
+    # Both come out of the memory that vLLM was given, and bf16 pages would have had all of it.
+    given = report.pool_bytes + report.exact_tier_bytes
+    assert report.uncompressed_capacity_tokens == given // (32 * report.uncompressed_bytes_per_token) * 32
+    assert report.resident_bytes > report.pool_bytes + report.exact_tier_bytes + report.profile_bytes
     assert report.effective_compression_ratio < report.compression_ratio
     assert [layer.compressed for layer in report.layers] == [True, False]
     assert report.layers[1].key_bits == 16.0
@@ -84,5 +87,7 @@ def test_the_report_counts_every_byte(report: MemoryReport) -> None:
 def test_profile_bytes_cover_the_bases(report: MemoryReport) -> None:
     bases = 2 * 2 * HEADS * DIM * DIM * 4
     assert report.profile_bytes > bases
-    without = dataclasses.replace(report, workers=tuple(WorkerMemory(w.layers) for w in report.workers))
+    without = dataclasses.replace(
+        report, workers=tuple(WorkerMemory(w.layers, 0, w.exact_bytes) for w in report.workers)
+    )
     assert report.profile_bytes - without.profile_bytes == 2000

@@ -14,6 +14,7 @@ from vllm_spectral.errors import ConfigError
 
 CONFIG_KEY = "spectral"
 DISABLE_VARIABLE = "VLLM_SPECTRAL_DISABLE"
+_COUNTS = ("exact_first_tokens", "exact_recent_tokens", "exact_bytes")
 
 
 class Mode(StrEnum):
@@ -23,8 +24,8 @@ class Mode(StrEnum):
     """Store compressed pages and attend over them."""
     CALIBRATE = "calibrate"
     """Run stock attention and accumulate second moments."""
-    EVALUATE = "evaluate"
-    """As SERVE, with a switch to exact attention over the tokens of one step."""
+    COMPARE = "compare"
+    """Keep stock pages; attend as stock vLLM, exactly, or as another quantized cache would."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,23 @@ class SpectralConfig:
     """The parsed configuration.
 
     Attributes:
-        profile: path of the profile; needed by every mode but CALIBRATE.
+        profile: path of the profile; needed to SERVE.
         digest: digest the profile must have. vLLM hashes ``additional_config`` into its own config hash, so that
             naming the digest there keeps anything cached under that hash apart per profile.
         exempt_layers: indices of layers left uncompressed, on stock pages and the stock kernel.
+        exact_first_tokens: first tokens of every request that are read from exact copies.
+        exact_recent_tokens: most recent tokens that are read from exact copies, a query's own included.
+        exact_bytes: size of the pool of exact copies per worker, taken out of the memory vLLM was given for the cache;
+            0 for none; None: what ``max_num_seqs`` requests need, at most a 24th of that memory.
         mode: what the backend does.
     """
 
     profile: Path | None = None
     digest: str | None = None
     exempt_layers: frozenset[int] = frozenset()
+    exact_first_tokens: int = 4
+    exact_recent_tokens: int = 64
+    exact_bytes: int | None = None
     mode: Mode = Mode.SERVE
 
     def to_additional_config(self) -> dict[str, Any]:
@@ -49,10 +57,13 @@ class SpectralConfig:
         plain = {
             "profile": str(self.profile) if self.profile else None,
             "digest": self.digest,
-            "exempt_layers": sorted(self.exempt_layers),
+            "exempt_layers": sorted(self.exempt_layers) or None,
+            "exact_first_tokens": self.exact_first_tokens,
+            "exact_recent_tokens": self.exact_recent_tokens,
+            "exact_bytes": self.exact_bytes,
             "mode": str(self.mode),
         }
-        return {CONFIG_KEY: {key: value for key, value in plain.items() if value}}
+        return {CONFIG_KEY: {key: value for key, value in plain.items() if value is not None}}
 
 
 def parse_config(
@@ -88,9 +99,16 @@ def parse_config(
     profile, digest = section.get("profile"), section.get("digest")
     if not isinstance(profile, str | None) or not isinstance(digest, str | None):
         raise ConfigError("spectral profile and digest must be strings")
-    if profile is None and mode is not Mode.CALIBRATE:
+    if profile is None and mode is Mode.SERVE:
         raise ConfigError('spectral needs a profile: additional_config={"spectral": {"profile": PATH}}')
     exempt = section.get("exempt_layers", [])
     if not isinstance(exempt, list | tuple) or not all(isinstance(i, int) and i >= 0 for i in exempt):
         raise ConfigError(f"spectral exempt_layers must be a list of layer indices, got {exempt!r}")
-    return SpectralConfig(Path(profile) if profile else None, digest, frozenset(exempt), mode)
+    defaults = SpectralConfig()
+    counts = {name: section.get(name, getattr(defaults, name)) for name in _COUNTS}
+    for name, count in counts.items():
+        if count is None and name == "exact_bytes":
+            continue
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ConfigError(f"spectral {name} must be a whole number, 0 or more, got {count!r}")
+    return SpectralConfig(Path(profile) if profile else None, digest, frozenset(exempt), mode=mode, **counts)

@@ -33,11 +33,15 @@ class CacheMemory(BaseModel):
     used_bytes: int = Field(description="pages held by requests or still referenced")
     used_tokens: int = Field(description="token slots in those pages")
     capacity_tokens: int = Field(description="tokens the pages hold; what vLLM logs and schedules with")
-    uncompressed_capacity_tokens: int = Field(description="tokens that bf16 pages would hold in pool_bytes")
+    uncompressed_capacity_tokens: int = Field(
+        description="tokens that bf16 pages would hold in pool_bytes + exact_tier_bytes"
+    )
     bytes_per_token: int
     uncompressed_bytes_per_token: int = Field(description="the same in bf16")
     compression_ratio: float = Field(description="uncompressed_bytes_per_token / bytes_per_token")
-    exact_tier_bytes: int = Field(description="uncompressed copies kept beside the pages")
+    exact_tier_bytes: int = Field(
+        description="pool of exact copies of first and recent tokens, taken out of the memory given for the cache"
+    )
     workspace_bytes: int = Field(description="largest scratch of one attention call")
     profile_bytes: int = Field(description="bases, spectra and tables held resident")
     effective_compression_ratio: float = Field(description="bf16 bytes of a full cache over everything resident for it")

@@ -19,6 +19,9 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     """
     from vllm import LLM, SamplingParams
 
+    spectral = "additional_config" in request["options"]
+    if spectral:
+        request["options"]["worker_extension_cls"] = "vllm_spectral.backend.worker.WorkerExtension"
     llm = LLM(request["model"], enforce_eager=True, block_size=32, disable_log_stats=False, **request["options"])
     params = SamplingParams(max_tokens=request["max_tokens"], temperature=0.0, ignore_eos=True)
     rounds = []
@@ -31,6 +34,9 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         "rounds": rounds,
         "capacity": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens,
         "preemptions": metrics["vllm:num_preemptions"],
+        "drafted": metrics.get("vllm:spec_decode_num_draft_tokens"),
+        "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens"),
+        "exact": llm.collective_rpc("spectral_exact_counters")[0] if spectral else None,
     }
     llm.llm_engine.engine_core.shutdown()
     return answer

@@ -25,6 +25,8 @@ RunEngine = Callable[..., dict[str, Any]]
 SHORT = "The three most important inventions of the nineteenth century were"
 OTHERS = ("def fibonacci(n):\n", "Question: what is 12 + 30?\nAnswer:", "Dear Sir or Madam,\n\n", "Once upon a time")
 BATCH = [SHORT, *OTHERS, SHORT]
+WINDOW_BYTES = 80 * 30 * 3 * DIM * 4
+"""Exact copies of one request: a group of 8 first tokens, and 63 recent ones wherever they lie in groups of 8."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,8 @@ def long_prompt(texts: dict[str, Path]) -> str:
 
 @pytest.fixture(scope="module")
 def spectral(calibrated: Path) -> dict[str, Any]:
-    return {"profile": str(calibrated)}
+    """With room for the windows of more requests than any test runs at once."""
+    return {"profile": str(calibrated), "exact_bytes": 10 * WINDOW_BYTES}
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +58,22 @@ def ids(answer: dict[str, Any]) -> list[list[list[int]]]:
     return [[request["ids"] for request in batch] for batch in answer["rounds"]]
 
 
-def test_capacity_is_at_least_3_8_times_stock(reference: dict[str, Any], run_engine: RunEngine) -> None:
+def test_capacity_is_at_least_3_8_times_stock(run_engine: RunEngine, calibrated: Path) -> None:
+    """At the defaults, so with the exact tier's share taken out."""
     stock = run_engine([], dtype="bfloat16", environment={"VLLM_PLUGINS": ""})
-    assert reference["capacity"] >= 3.8 * stock["capacity"]
+    ours = run_engine([], spectral={"profile": str(calibrated)})
+    assert ours["exact"]["entries"] > 0
+    assert ours["capacity"] >= 3.8 * stock["capacity"]
+
+
+def test_the_exact_tier_comes_out_of_the_memory_given(
+    reference: dict[str, Any], run_engine: RunEngine, calibrated: Path
+) -> None:
+    block = 32 * 30 * 3 * 64
+    assert reference["capacity"] == (POOL_BYTES - 10 * WINDOW_BYTES) // block * 32
+    strict = run_engine([], spectral={"profile": str(calibrated), "exact_bytes": 0})
+    assert strict["exact"] == {}
+    assert strict["capacity"] == POOL_BYTES // block * 32
 
 
 def test_chunks_of_256_and_a_prefix_hit_give_the_same_text(
@@ -72,6 +88,51 @@ def test_chunks_of_256_and_a_prefix_hit_give_the_same_text(
     assert warm[0]["cached"] > 500
     assert ids(again) == [*ids(reference)[:2], ids(reference)[0]]
     assert batch[0]["ids"] == batch[-1]["ids"], "the same request twice in a batch"
+    assert reference["exact"]["found"] == reference["exact"]["wanted"] > 0
+
+
+def test_strict_chunks_and_a_prefix_hit_give_the_same_text(
+    run_engine: RunEngine, long_prompt: str, calibrated: Path
+) -> None:
+    strict = {"profile": str(calibrated), "exact_bytes": 0}
+    whole = run_engine([[long_prompt]], spectral=strict)
+    cut = run_engine(
+        [[long_prompt], [long_prompt]], spectral=strict, enable_prefix_caching=True, max_num_batched_tokens=256
+    )
+    assert cut["rounds"][1][0]["cached"] > 500
+    assert ids(cut) == ids(whole) * 2
+
+
+def test_a_prefix_hit_whose_recent_copies_are_gone_is_answered_from_pages(
+    reference: dict[str, Any], run_engine: RunEngine, long_prompt: str, spectral: dict[str, Any]
+) -> None:
+    """Other requests take the copies away in between; what is cached stays cached, and reads compressed."""
+    answer = run_engine(
+        [[long_prompt], list(OTHERS), [long_prompt]],
+        spectral=spectral | {"exact_bytes": WINDOW_BYTES}, enable_prefix_caching=True,
+    )  # fmt: skip
+    cold, _, warm = answer["rounds"]
+    assert cold[0]["ids"] == ids(reference)[0][0]
+    assert warm[0]["cached"] > 500
+    assert len(warm[0]["ids"]) == 32
+    exact = answer["exact"]
+    assert exact["evicted"] > 0
+    assert exact["used"] <= exact["entries"] == 10
+    # The first tokens and recent group of four requests fit; their windows do not, nor does the repeated prompt's.
+    assert exact["found"] < exact["wanted"]
+
+
+def test_rejected_draft_tokens_leave_no_trace(
+    reference: dict[str, Any], run_engine: RunEngine, spectral: dict[str, Any]
+) -> None:
+    answer = run_engine(
+        [BATCH], spectral=spectral, max_tokens=32,
+        speculative_config={
+            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1,
+        },
+    )  # fmt: skip
+    assert 0 < answer["accepted"] < answer["drafted"]
+    assert ids(answer)[0] == ids(reference)[1]
 
 
 def test_the_rest_of_the_batch_changes_nothing_and_one_row_alone_is_bounded(reference: dict[str, Any]) -> None:
@@ -86,7 +147,7 @@ def test_preemption_gives_the_same_text(
     reference: dict[str, Any], run_engine: RunEngine, spectral: dict[str, Any]
 ) -> None:
     """Six requests, two blocks each at their end, in a pool of nine blocks (one of them vLLM's null block)."""
-    pool = 9 * 32 * 30 * 3 * 64
+    pool = 9 * 32 * 30 * 3 * 64 + 10 * WINDOW_BYTES
     answer = run_engine([BATCH], spectral=spectral, kv_cache_memory_bytes=pool, max_model_len=128)
     assert answer["preemptions"] > 0
     assert ids(answer)[0] == ids(reference)[1]
@@ -114,7 +175,8 @@ def test_exempt_layers_keep_stock_pages(run_engine: RunEngine, spectral: dict[st
     some = run_engine([[SHORT]], spectral=spectral | {"exempt_layers": [0, 29]})
     dense, slot = 2 * DIM * (2 if cpu_dtype() == "auto" else 4), 64
     per_token = 3 * (28 * slot + 2 * dense)
-    assert some["capacity"] == POOL_BYTES // (32 * per_token) * 32
+    exact = 10 * WINDOW_BYTES // (28 * 3 * 8 * DIM * 4) * (28 * 3 * 8 * DIM * 4)
+    assert some["capacity"] == (POOL_BYTES - exact) // (32 * per_token) * 32
     every = run_engine([[SHORT]], spectral=spectral | {"exempt_layers": list(range(30))})
     assert ids(every)[0] == ids(stock)[1]
     assert every["capacity"] == stock["capacity"]

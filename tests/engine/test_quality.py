@@ -1,4 +1,4 @@
-"""Strict quality at the default 4 bits, every token compressed, on text that calibration never saw."""
+"""Quality at the default 4 bits on text that calibration never saw: as served, and with every token compressed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,30 @@ from vllm_spectral.profile.storage import load_profile
 
 
 def test_answers_stay_close_to_the_exact_cache(calibrated: Path, texts: dict[str, Path]) -> None:
-    result = subprocess.run(
-        cli("evaluate", "demo", "--profile", str(calibrated), "--windows", "6", "--json",
-            "--text", *map(str, texts.values())),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = cli("evaluate", "demo", "--profile", str(calibrated), "--text", *map(str, texts.values()), "--json")
+    command += ["--windows", "6", "--strict", "--against", "bf16", "fp8", "turboquant_k4v4"]
+    command += ["--greedy", "2", "--haystacks", "1", "--retrieval-contexts", "512"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads(result.stdout)
     assert report["profile"]["bits_per_element"] <= 4.0
     assert len(report["texts"]) == len(texts)
-    for text in report["texts"]:
-        assert text["delta_percent"] <= 3.0, text
-        assert text["kl"] <= 0.035, text
-        assert text["top1"] >= 0.90, text
-        # Exact against exact would show nothing: make sure that something was compressed.
-        assert text["kl"] > 1e-4, text
+    served, strict, bf16, fp8, turboquant = report["candidates"]
+    assert served["texts"] == report["texts"]
+    for index in range(len(texts)):
+        ours, alone, floor, theirs, rival = (c["texts"][index] for c in (served, strict, bf16, fp8, turboquant))
+        assert alone["delta_percent"] <= 3.0, alone
+        assert alone["kl"] <= 0.035, alone
+        assert alone["top1"] >= 0.90, alone
+        # Exact against exact would show nothing: more must differ than by the kernels' rounding.
+        assert floor["kl"] < ours["kl"] < alone["kl"], (floor, ours)
+        assert ours["kl"] < rival["kl"], (ours, rival)
+        assert ours["kl"] < theirs["kl"], (ours, theirs)
+        assert ours["top1"] >= theirs["top1"], (ours, theirs)
+    for candidate in report["candidates"]:
+        assert {g["prompts"] for g in candidate["greedy"]} == {2}
+        assert candidate["retrieval"][0]["needles"] == 5
+    assert all(g["unchanged"] == 1.0 for g in bf16["greedy"]), "teacher forcing must agree with generation"
 
 
 def test_provenance_says_what_was_measured(calibrated: Path) -> None:

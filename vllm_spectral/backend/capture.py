@@ -27,6 +27,11 @@ class CaptureImpl(CPUAttentionBackendImpl):
         self.moments = LayerMoments(self.num_kv_heads, self.head_size)
         self.capturing = False
 
+    def take(self) -> LayerMoments:
+        """The moments so far; counting starts anew."""
+        taken, self.moments = self.moments, LayerMoments(self.num_kv_heads, self.head_size)
+        return taken
+
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Refuse, before any token is measured, layers that could not be served later."""
         super().process_weights_after_loading(act_dtype)

@@ -33,21 +33,23 @@ class OfflineEngine:
 
     Args:
         model: the model to run.
-        config: what our backend does in it.
+        config: what our backend does in it; None for stock vLLM.
         max_model_len: longest request, prompt and answer together.
         max_num_seqs: requests that run at once.
         kv_cache_tokens: size of the page pool, in tokens of uncompressed float32 pages.
+        kv_cache_dtype: vLLM's own setting.
         seed: seed of sampling; the same requests in the same order give the same tokens.
     """
 
     def __init__(
         self,
         model: ModelDescription,
-        config: SpectralConfig,
+        config: SpectralConfig | None,
         *,
         max_model_len: int,
         max_num_seqs: int,
         kv_cache_tokens: int,
+        kv_cache_dtype: str = "auto",
         seed: int = 0,
     ) -> None:
         # One process: nothing to spawn, and tensors come back from the worker without a copy.
@@ -69,7 +71,8 @@ class OfflineEngine:
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=seed,
-            additional_config=config.to_additional_config(),
+            kv_cache_dtype=kv_cache_dtype,
+            additional_config=config.to_additional_config() if config else {},
             worker_extension_cls=EXTENSION,
         )
 

@@ -8,17 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_spectral.backend.exact_tier import ExactTier, LayerCopies, SpectralMetadata, SpectralMetadataBuilder
 from vllm_spectral.backend.layers import layer_of, require_supported
 from vllm_spectral.backend.selection import SpectralCPUBackend
 from vllm_spectral.codec.attention import paged_attention
 from vllm_spectral.codec.quantizer import LayerCodec
-from vllm_spectral.config import Mode, SpectralConfig, parse_config
+from vllm_spectral.config import SpectralConfig, parse_config
 from vllm_spectral.errors import ConfigError, ProfileDigestError
 from vllm_spectral.models.demo import resolve_model
 from vllm_spectral.models.description import ModelDescription
@@ -35,7 +38,7 @@ def _load_once(config: SpectralConfig, model: str) -> Profile:
     Raises:
         SpectralError: if the profile is unsound or belongs to another model.
     """
-    assert config.profile is not None  # parse_config guarantees it outside of CALIBRATE
+    assert config.profile is not None  # parse_config guarantees it
     profile = load_profile(config.profile)
     require_model(profile, ModelDescription.from_directory(resolve_model(model)).fingerprint(), config.profile)
     if config.digest not in (None, profile.digest):
@@ -57,6 +60,10 @@ def _paged_backend(slot_bytes: int) -> type[SpectralCPUBackend]:
     """The backend class of layers with this slot size. vLLM groups layers by class name, so the name must be unique."""
 
     class Paged(SpectralCPUBackend):
+        @staticmethod
+        def get_builder_cls() -> type[SpectralMetadataBuilder]:
+            return SpectralMetadataBuilder
+
         @classmethod
         def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
             # uint8 makes the bound cache tensor [num_blocks, num_kv_heads, block_size, slot_bytes].
@@ -71,7 +78,7 @@ class SpectralImpl(CPUAttentionBackendImpl):
 
     Attributes:
         codec: the layer's codec, or None if the layer is exempt.
-        exact: EVALUATE only: attend exactly over the tokens of the step instead of over the pages.
+        copies: the layer's part of the exact tier, or None without one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -82,7 +89,7 @@ class SpectralImpl(CPUAttentionBackendImpl):
         self._config = config
         self._profile = _load_once(config, self._vllm_config.model_config.model)
         self.codec: LayerCodec | None = None
-        self.exact = False
+        self.copies: LayerCopies | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take this layer's part of the profile and announce its slot size to vLLM."""
@@ -95,7 +102,21 @@ class SpectralImpl(CPUAttentionBackendImpl):
         require_supported(self, name)
         rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self.codec = profile.layers[index].shard(rank, world).codec(profile.slot_bytes, profile.codebooks)
+        tier = self._tier()
+        self.copies = LayerCopies(tier, self.num_kv_heads, self.head_size) if tier else None
         layer.attn_backend = _paged_backend(profile.slot_bytes)
+
+    def _tier(self) -> ExactTier | None:
+        """The worker's exact tier, reserved by the first layer that asks."""
+        layers = get_layers_from_vllm_config(self._vllm_config, Attention)
+        for other in layers.values():
+            if isinstance(other.impl, SpectralImpl) and other.impl.codec is not None and other.impl is not self:
+                return other.impl.copies.tier if other.impl.copies else None
+        exempt = sum(extract_layer_index(name) in self._config.exempt_layers for name in layers)
+        return ExactTier.reserve(
+            self._vllm_config, self._config,
+            num_layers=len(layers) - exempt, num_heads=self.num_kv_heads, head_dim=self.head_size,
+        )  # fmt: skip
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -120,12 +141,12 @@ class SpectralImpl(CPUAttentionBackendImpl):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
+        attn_metadata: SpectralMetadata | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend over the pages, the step's own tokens included. See the contract in ``docs/architecture.md``.
+        """Attend over pages and exact copies. See the contract in ``docs/architecture.md``.
 
         Args:
             query, output: ``[num_tokens, num_query_heads, head_dim]``.
@@ -134,25 +155,19 @@ class SpectralImpl(CPUAttentionBackendImpl):
         if self.codec is None or attn_metadata is None:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
             return output
+        plan = attn_metadata.exact
+        if self.copies is not None and plan is not None:
+            # Before anything is read: a request of this step may share a prefix that another one is just writing.
+            self.copies.write(plan, key, value)
         starts = attn_metadata.query_start_loc.tolist()
         for request, context_len in enumerate(attn_metadata.seq_lens.tolist()):
             rows = slice(starts[request], starts[request + 1])
             if rows.start == rows.stop:
                 continue
-            if self.exact:
-                result = self._exact_attention(query[rows], key[rows], value[rows], context_len)
-            else:
-                blocks = attn_metadata.block_table[request]
-                result = paged_attention(query[rows], kv_cache, blocks, context_len, self.codec, self.scale)
+            exact = None
+            if self.copies is not None and plan is not None:
+                exact = self.copies.read(plan, request, context_len, key[rows], value[rows])
+            blocks = attn_metadata.block_table[request]
+            result = paged_attention(query[rows], kv_cache, blocks, context_len, self.codec, self.scale, exact)
             output[rows] = result.view_as(output[rows])
         return output
-
-    def _exact_attention(self, query: Tensor, key: Tensor, value: Tensor, context_len: int) -> Tensor:
-        """Causal attention over keys and values as the model produced them, for a request that is one step long."""
-        if self._config.mode is not Mode.EVALUATE or context_len != query.shape[0]:
-            raise RuntimeError("exact attention needs EVALUATE mode and the whole context in one step")
-        q, k, v = (tensor.transpose(0, 1).float() for tensor in (query, key, value))
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
-        )
-        return attended.transpose(0, 1)

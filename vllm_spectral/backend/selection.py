@@ -26,6 +26,10 @@ class SpectralCPUBackend(CPUAttentionBackend):
             from vllm_spectral.backend.capture import CaptureImpl
 
             return CaptureImpl
+        if config.mode is Mode.COMPARE:
+            from vllm_spectral.backend.dense import DenseImpl
+
+            return DenseImpl
         from vllm_spectral.backend.impl import SpectralImpl
 
         return SpectralImpl

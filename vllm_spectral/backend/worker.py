@@ -10,6 +10,7 @@ from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_spectral.backend.capture import CaptureImpl
+from vllm_spectral.backend.dense import Attend
 from vllm_spectral.backend.impl import SpectralImpl
 from vllm_spectral.stats.fidelity import compare_logits
 from vllm_spectral.stats.memory import LayerMemory, WorkerMemory
@@ -24,7 +25,8 @@ class WorkerExtension:
     """Mixed into vLLM's worker class; every public method is prefixed so that it cannot hide one of vLLM's."""
 
     model_runner: Any
-    _spectral_hidden: dict[str, Tensor]
+    _spectral_hidden: Tensor | None
+    _spectral_file: str | None
 
     def _spectral_layers(self) -> Iterator[tuple[str, Any]]:
         context = self.model_runner.vllm_config.compilation_config.static_forward_context
@@ -36,49 +38,72 @@ class WorkerExtension:
             layer.impl.capturing = enabled
 
     def spectral_moments(self) -> list[LayerMoments]:
-        """CALIBRATE: this rank's moments, in the order of layers."""
-        return [layer.impl.moments for _, layer in self._spectral_layers() if isinstance(layer.impl, CaptureImpl)]
+        """CALIBRATE: this rank's moments since they were last asked for, in the order of layers."""
+        return [layer.impl.take() for _, layer in self._spectral_layers() if isinstance(layer.impl, CaptureImpl)]
 
     def spectral_memory(self) -> dict[str, Any]:
         """What this rank keeps resident for the cache, in the form of :meth:`WorkerMemory.to_wire`."""
-        layers, shared = [], 0
+        layers, shared, exact = [], 0, 0
         for name, layer in self._spectral_layers():
             compressed = isinstance(layer.impl, SpectralImpl) and layer.impl.codec is not None
             pages = layer.kv_cache
             if compressed:
                 shared = layer.impl.codec.codebooks.resident_bytes
+                if layer.impl.copies is not None:
+                    exact += layer.impl.copies.resident_bytes
             layers.append(
                 LayerMemory.of_codec(name, layer.impl.codec, layer.impl.num_heads, pages)
                 if compressed
                 else LayerMemory.of_dense(name, pages)
             )
-        return WorkerMemory(tuple(layers), shared).to_wire()
+        return WorkerMemory(tuple(layers), shared, exact).to_wire()
 
-    def spectral_record_hidden(self, name: str, exact: bool) -> None:
-        """EVALUATE: keep the final hidden states of the next steps under ``name``, computed exactly or from pages."""
+    def spectral_exact_counters(self) -> dict[str, int]:
+        """Running totals of the exact tier, in the words of :class:`ExactCounters`; empty without a tier."""
         for _, layer in self._spectral_layers():
-            layer.impl.exact = exact
+            if isinstance(layer.impl, SpectralImpl) and layer.impl.copies is not None:
+                directory = layer.impl.copies.tier.directory
+                return vars(directory.counters) | {"entries": directory.num_entries, "used": directory.used_entries}
+        return {}
+
+    def spectral_attend(self, attend: Attend | None) -> None:
+        """COMPARE: how to attend from now on; None for stock vLLM."""
+        for _, layer in self._spectral_layers():
+            layer.impl.attend = attend
+
+    def spectral_record(self, file: str | None) -> None:
+        """Keep the final hidden states of the next step, and write them to a file if one is named."""
         if not hasattr(self, "_spectral_hidden"):
-            self._spectral_hidden = {}
             self.model_runner.get_model().register_forward_hook(self._spectral_keep)
-        self._spectral_recording = name
-        self._spectral_hidden.pop(name, None)
+        self._spectral_hidden, self._spectral_file = None, file
 
     def _spectral_keep(self, _module: Any, _args: Any, output: Any) -> None:
-        if self._spectral_recording not in self._spectral_hidden:
-            self._spectral_hidden[self._spectral_recording] = output.detach().clone()
+        if self._spectral_hidden is None:
+            self._spectral_hidden = output.detach().clone()
+            if self._spectral_file:
+                torch.save(self._spectral_hidden, self._spectral_file)
 
-    def spectral_compare(self, reference: str, candidate: str, token_ids: list[int]) -> dict[str, list[float]]:
-        """EVALUATE: per-position metrics of two recordings of the same tokens; see :func:`compare_logits`."""
-        model = self.model_runner.get_model()
+    def spectral_compare(self, reference: str, token_ids: list[int], spans: list[tuple[int, int]]) -> dict[str, Any]:
+        """Compare the recorded step with one in a file.
+
+        Args:
+            reference: file of the reference's hidden states for the same tokens.
+            token_ids: the request.
+            spans: ``(start, stop)`` positions of the tokens whose prediction is compared; from 1 on.
+
+        Returns:
+            Lists over all those positions, in order; see :func:`compare_logits`.
+        """
+        model, candidate = self.model_runner.get_model(), self._spectral_hidden
+        assert candidate is not None
+        exact = torch.load(reference, weights_only=True)
+        position = torch.cat([torch.arange(start, stop) for start, stop in spans])
         merged: dict[str, list[float]] = {}
-        targets = torch.tensor(token_ids[1:])
-        for low in range(0, len(targets), _LOGIT_ROWS):
-            rows = slice(low, min(low + _LOGIT_ROWS, len(targets)))
+        targets = torch.tensor(token_ids)
+        for low in range(0, len(position), _LOGIT_ROWS):
+            rows = position[low : low + _LOGIT_ROWS]
             part = compare_logits(
-                model.compute_logits(self._spectral_hidden[reference][rows]),
-                model.compute_logits(self._spectral_hidden[candidate][rows]),
-                targets[rows],
+                model.compute_logits(exact[rows - 1]), model.compute_logits(candidate[rows - 1]), targets[rows]
             )
             for key, values in part.items():
                 merged.setdefault(key, []).extend(values.tolist())

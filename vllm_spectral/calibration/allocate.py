@@ -8,8 +8,9 @@ independent over tokens both are weighted by the same ``sum p_i^2``, so that per
     cost = s^2 E[(q . dk)^2] * E|v - o|^2  +  |dv|^2.
 
 Quantization errors of the rotated channels are independent, so that ``E[(q . dk)^2] = sum_c (U^T Q U)_cc E[dk_c^2]``
-with ``Q = E[q q^T]``; and ``E|v - o|^2`` is at most the variance of the values. So a key channel weighs its spectrum
-times ``s^2 (U^T Q U)_cc var(v)``, a value channel its spectrum as it is, and one water-filling serves both.
+with ``Q = E[q q^T]``; and ``E|v - o|^2`` is at most the variance of the values, less where the attended values resemble
+each other: a measured :data:`VALUE_SPREAD` of it. So a key channel weighs its spectrum times ``s^2 (U^T Q U)_cc
+E|v - o|^2``, a value channel its spectrum as it is, and one water-filling serves both.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from vllm_spectral.codec.rotation import eigenbasis, hadamard_basis, rotate
 from vllm_spectral.profile.schema import LayerProfile
 from vllm_spectral.stats.moments import LayerMoments
 
+VALUE_SPREAD = 0.5
+"""``E|v - o|^2`` as a share of the values' variance. Best of 1/4, 1/2, 1, 2 at 2, 2.5 and 3 bits with the exact tier."""
 HADAMARD_KEY_WEIGHT = 4.0
 """Weight of a key's relative error against a value's when nothing was measured."""
 
@@ -44,7 +47,7 @@ def spectral_layer(moments: LayerMoments, slot_bytes: int) -> LayerProfile:
     query_power = (half * key_basis).sum(-2).double()
     head_dim = key_spectrum.shape[-1]
     # s^2 = 1 / head_dim, the scale of scaled dot-product attention.
-    key_cost = key_spectrum * query_power / head_dim * value_variance[:, None]
+    key_cost = key_spectrum * query_power / head_dim * VALUE_SPREAD * value_variance[:, None]
     sinks = max(moments.num_sinks, 1)
     key_bits, value_bits = _share(key_cost, value_spectrum, slot_bytes)
     return LayerProfile(

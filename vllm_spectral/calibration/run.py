@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import zip_longest
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from vllm_spectral import __version__
 from vllm_spectral.calibration.allocate import hadamard_layer, spectral_layer
+from vllm_spectral.calibration.breadth import excess_error
 from vllm_spectral.calibration.prompts import OPENINGS, QUESTIONS
 from vllm_spectral.codec.codebook import MAX_BITS, Codebooks, normal_codebooks
 from vllm_spectral.codec.layout import slot_bytes_for
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from vllm_spectral.backend.engine import OfflineEngine
 
 MIN_BITS = 1.5
+NARROW = 1.5
+"""Excess error from which a text is called narrow."""
 ANSWER_TOKENS = 144
 """Tokens the model writes per built-in prompt."""
 WINDOW_TOKENS = 4096
@@ -97,8 +101,15 @@ def read_texts(files: Sequence[Path]) -> list[str]:
     return texts
 
 
-def calibrate(request: CalibrationRequest, *, progress: bool = True) -> Profile:
+def calibrate(
+    request: CalibrationRequest, *, progress: bool = True, warn: Callable[[str], None] = warnings.warn
+) -> Profile:
     """Make a profile; it has no digest until it is saved.
+
+    Args:
+        request: what the user asked for.
+        progress: show a bar.
+        warn: told what the user should know about the text.
 
     Raises:
         SpectralError: for bad input, before any model is loaded.
@@ -115,9 +126,16 @@ def calibrate(request: CalibrationRequest, *, progress: bool = True) -> Profile:
         ]
     else:
         source = ", ".join(file.name for file in request.texts) or "built-in prompts"
-        moments = measure(request, progress=progress)
-        num_tokens = moments[0].num_tokens
-        layers = [spectral_layer(layer, slot_bytes) for layer in moments]
+        measured = measure(request, progress=progress)
+        num_tokens = measured.moments[0].num_tokens
+        layers = [spectral_layer(layer, slot_bytes) for layer in measured.moments]
+        if measured.broad is not None:
+            excess = excess_error(layers, measured.moments, measured.broad)
+            if excess > NARROW:
+                warn(
+                    f"this text is narrow: errors on other kinds of text (the built-in prompts) would be {excess:.1f} times "
+                    "those on yours; add text of every kind that will be served, or leave --text out"
+                )
     return Profile(
         name=request.name,
         fingerprint=fingerprint,
@@ -136,7 +154,20 @@ def calibrate(request: CalibrationRequest, *, progress: bool = True) -> Profile:
     )
 
 
-def measure(request: CalibrationRequest, *, progress: bool = True) -> list[LayerMoments]:
+@dataclass(frozen=True)
+class Measured:
+    """What a calibration run measured.
+
+    Attributes:
+        moments: of every layer, over the text that the profile is for.
+        broad: over the built-in prompts, if that text is the user's.
+    """
+
+    moments: list[LayerMoments]
+    broad: list[LayerMoments] | None
+
+
+def measure(request: CalibrationRequest, *, progress: bool = True) -> Measured:
     """Second moments of every layer: over the user's text, or over the model's answers to the built-in prompts.
 
     Texts are joined into long windows before they are measured. Keys are stored with their rotary positions, and
@@ -166,10 +197,14 @@ def measure(request: CalibrationRequest, *, progress: bool = True) -> list[Layer
             engine.run([ids])
             advance(len(ids))
         engine.run(starts)
-    (moments,) = engine.rpc("spectral_moments")
+        (moments,) = engine.rpc("spectral_moments")
+        if request.texts:
+            for ids in join([engine.tokenize(text) for text in (*QUESTIONS, *OPENINGS)], window):
+                engine.run([ids])
+    (broad,) = engine.rpc("spectral_moments")
     if len(moments) != request.model.num_layers:
         raise SpectralError(f"the model has {request.model.num_layers} layers, but {len(moments)} were measured")
-    return list(moments)
+    return Measured(list(moments), list(broad) if request.texts else None)
 
 
 def _answers(engine: OfflineEngine, progress: bool) -> list[list[int]]:

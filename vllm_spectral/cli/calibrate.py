@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_spectral.cli.common import MODEL_HELP, add_verbose, described, quiet_vllm
+from vllm_spectral.calibration.presets import DEFAULT_PRESET, PRESETS
+from vllm_spectral.cli.common import MODEL_HELP, add_verbose, described, quiet_vllm, warn
 from vllm_spectral.versions import require_tested_vllm
 
 _DESCRIPTION = """\
@@ -25,14 +26,19 @@ def add_parser(commands: Any) -> None:
         "calibrate",
         help="measure a model and write its profile",
         description=_DESCRIPTION,
+        epilog="presets:\n" + "\n".join(f"  {name:<10} {p.bits:g} bits, {p.summary}" for name, p in PRESETS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("-o", "--output", metavar="PROFILE", type=Path, required=True, help="file to write")
-    parser.add_argument("--bits", type=float, default=4.0, help="stored bits per KV element, scales included (4.0)")
     parser.add_argument(
-        "--basis", choices=("spectral", "hadamard"), default="spectral", help="kind of basis (spectral)"
+        "--preset",
+        choices=tuple(PRESETS),
+        default=DEFAULT_PRESET,
+        help=f"bits and basis by name, see below ({DEFAULT_PRESET})",
     )
+    parser.add_argument("--bits", type=float, help="stored bits per KV element, scales included (the preset's: 4.0)")
+    parser.add_argument("--basis", choices=("spectral", "hadamard"), help="kind of basis (the preset's: spectral)")
     parser.add_argument("--text", metavar="FILE", type=Path, nargs="+", default=[], help="your own UTF-8 text")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal profiles (0)")
     add_verbose(parser)
@@ -50,12 +56,12 @@ def run(args: argparse.Namespace) -> int:
     request = CalibrationRequest(
         model=described(args.model),
         name=args.output.stem,
-        bits=args.bits,
-        basis=args.basis,
+        bits=PRESETS[args.preset].bits if args.bits is None else args.bits,
+        basis=args.basis or PRESETS[args.preset].basis,
         texts=tuple(args.text),
         seed=args.seed,
     )
-    profile = save_profile(calibrate(request), args.output)
+    profile = save_profile(calibrate(request, warn=warn), args.output)
     sys.stdout.write(
         f"{args.output}: {profile.bits_per_element:.2f} bits per element, {profile.slot_bytes} bytes per token and "
         f"KV head (bf16: {4 * profile.fingerprint.head_dim}), measured on {profile.provenance.num_tokens} tokens, "

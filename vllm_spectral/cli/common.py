@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_spectral.config import SpectralConfig
 from vllm_spectral.models.demo import resolve_model
 from vllm_spectral.models.description import ModelDescription
 
@@ -24,12 +26,69 @@ def add_verbose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show vLLM's own log")
 
 
+def add_exact(parser: argparse.ArgumentParser) -> None:
+    """The exact tier's flags."""
+    defaults = SpectralConfig()
+    group = parser.add_argument_group(
+        "exact tier", "tokens of every request that are read uncompressed, from a pool beside the compressed pages"
+    )
+    group.add_argument(
+        "--exact-first-tokens", metavar="N", type=_count, default=defaults.exact_first_tokens,
+        help="the request's first tokens (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--exact-recent-tokens", metavar="N", type=_count, default=defaults.exact_recent_tokens,
+        help="its most recent tokens (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--exact-memory-bytes", metavar="SIZE", type=_size, default=None,
+        help="size of the pool per worker, taken out of the cache's memory; 64M, 1.5G, ...; 0: no exact tier "
+        "(what --max-num-seqs requests need, at most a 24th of the cache's memory)",
+    )  # fmt: skip
+
+
+def exact_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The exact tier's fields of :class:`SpectralConfig`."""
+    return {
+        "exact_first_tokens": args.exact_first_tokens,
+        "exact_recent_tokens": args.exact_recent_tokens,
+        "exact_bytes": args.exact_memory_bytes,
+    }
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+_count.__name__ = "whole number"
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+_size.__name__ = "size in bytes"
+
+
 def quiet_vllm(verbose: bool) -> None:
     """Keep vLLM's start-up log away from offline commands; must run before vLLM is imported."""
     if not verbose:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # For the processes started from here on.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
         # Deprecations inside vLLM and torch are not for our users.
         warnings.simplefilter("ignore")
+
+
+def warn(message: str) -> None:
+    """One line on standard error."""
+    sys.stderr.write(f"vllm-spectral: warning: {message}\n")
 
 
 def load_for(model: ModelDescription, path: Path) -> Profile:

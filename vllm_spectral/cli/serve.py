@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_spectral.cli.common import MODEL_HELP, described, load_for
-from vllm_spectral.config import DISABLE_VARIABLE, Mode, SpectralConfig
+from vllm_spectral.cli.common import MODEL_HELP, add_exact, described, exact_fields, load_for, warn
+from vllm_spectral.config import DISABLE_VARIABLE, SpectralConfig
 from vllm_spectral.errors import ConfigError
+from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.versions import require_tested_vllm
 
 _DESCRIPTION = f"""\
@@ -28,7 +29,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="an OpenAI server on compressed KV pages",
-        usage="vllm-spectral serve MODEL --profile PROFILE [--exempt-layers N ...] [vLLM serving flags]",
+        usage="vllm-spectral serve MODEL --profile PROFILE [our flags below] [vLLM serving flags]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # vLLM has many flags; guessing from prefixes would take some of them for ours.
@@ -39,7 +40,21 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--exempt-layers", metavar="N", type=int, nargs="+", default=[], help="layers to leave uncompressed"
     )
+    add_exact(parser)
     parser.set_defaults(run=run, passes_flags_on=True)
+
+
+def _warn_of_key_biases(model: ModelDescription, exempt: list[int]) -> None:
+    """Recommend layers, and leave the choice to the user: a layer on stock pages costs capacity."""
+    from vllm_spectral.models.biases import survey
+
+    missing = [layer for layer in survey(model).exempt_layers if layer not in exempt]
+    if missing:
+        names = " ".join(map(str, missing))
+        warn(
+            f"key biases of layers {names} are too large to be compressed well; consider --exempt-layers {names} "
+            "(`vllm-spectral doctor MODEL` says more)"
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     outside = [layer for layer in args.exempt_layers if not 0 <= layer < model.num_layers]
     if outside:
         raise ConfigError(f"--exempt-layers {outside} do not exist: the model has layers 0 to {model.num_layers - 1}")
-    config = SpectralConfig(path, profile.digest, frozenset(args.exempt_layers), Mode.SERVE)
+    _warn_of_key_biases(model, args.exempt_layers)
+    config = SpectralConfig(path, profile.digest, frozenset(args.exempt_layers), **exact_fields(args))
     from vllm_spectral_server.launch import serve
 
     serve(model, args.model, profile, config, args.rest)

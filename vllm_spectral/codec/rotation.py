@@ -78,6 +78,17 @@ def hadamard_basis(num_heads: int, head_dim: int, seed: int = 0) -> Tensor:
     Returns:
         ``[num_heads, head_dim, head_dim]`` float32, orthogonal.
     """
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (num_heads, head_dim, 1), generator=generator).double() * 2 - 1
+    return (signs * hadamard_matrix(head_dim)).float()
+
+
+def hadamard_matrix(head_dim: int) -> Tensor:
+    """Sylvester's Hadamard matrix, orthonormal; for a size that is no power of two, times a DCT-II of the odd factor.
+
+    Returns:
+        ``[head_dim, head_dim]`` float64.
+    """
     odd = head_dim
     while odd % 2 == 0:
         odd //= 2
@@ -87,6 +98,4 @@ def hadamard_basis(num_heads: int, head_dim: int, seed: int = 0) -> Tensor:
     sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5
     while matrix.shape[0] < head_dim:
         matrix = torch.kron(sylvester, matrix)
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (num_heads, head_dim, 1), generator=generator).double() * 2 - 1
-    return (signs * matrix).float()
+    return matrix

@@ -1,128 +1,194 @@
-"""Evaluation through the real engine: the same windows exactly and from compressed pages, in one run.
+"""Evaluation through the real engine: every cache on the same sequences in one run.
 
-Decode conditions hold by construction: every token, itself included, reads all of its context from compressed pages,
-in a prompt just as when it is generated.
+Decode conditions hold by construction: a token of a prompt reads what it would read if it were generated, the tokens that
+its window holds exactly and all others from compressed pages.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 
 from vllm_spectral.calibration.run import read_texts
-from vllm_spectral.config import Mode, SpectralConfig
 from vllm_spectral.errors import ConfigError
+from vllm_spectral.evaluation.candidates import Candidate
+from vllm_spectral.evaluation.cases import (
+    MIN_CONTEXT,
+    Case,
+    greedy_case,
+    greedy_prompts,
+    labels,
+    retrieval_cases,
+    text_cases,
+)
+from vllm_spectral.evaluation.results import (
+    GreedyResult,
+    Metrics,
+    RetrievalResult,
+    TextResult,
+    summarize_greedy,
+    summarize_retrieval,
+    summarize_text,
+)
+from vllm_spectral.evaluation.worker import EngineRequest, RemoteEngine, engine
 from vllm_spectral.models.description import ModelDescription
-from vllm_spectral.profile.schema import Profile
 from vllm_spectral.progress import token_bar
 
-MIN_CONTEXT = 16
+GREEDY_PROMPT_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class TextResult:
-    """Fidelity on one text.
+class Plan:
+    """What to ask.
 
     Attributes:
-        text: file name.
-        windows, tokens: how much was compared.
-        perplexity_exact, perplexity: of the exact and the compressed cache.
-        delta_percent: relative rise of perplexity.
-        kl: mean KL divergence per token from exact to compressed, in nats.
-        kl_error: standard error of the windows' mean KL; None for a single window.
-        top1: share of positions at which the most likely token is the same.
+        texts: UTF-8 files.
+        context: tokens per window of text.
+        windows: most windows per text.
+        greedy: continuations per text; 0 for none.
+        greedy_tokens: their length.
+        haystacks: haystacks per length; 0 for none.
+        retrieval_contexts: their lengths in tokens.
+        needles: needles per haystack.
     """
 
-    text: str
-    windows: int
-    tokens: int
-    perplexity_exact: float
-    perplexity: float
-    delta_percent: float
-    kl: float
-    kl_error: float | None
-    top1: float
+    texts: tuple[Path, ...]
+    context: int = 1024
+    windows: int = 8
+    greedy: int = 0
+    greedy_tokens: int = 128
+    haystacks: int = 0
+    retrieval_contexts: tuple[int, ...] = ()
+    needles: int = 5
+
+    def check(self, model: ModelDescription) -> None:
+        """Refuse bad input before any model is loaded.
+
+        Raises:
+            ConfigError: naming the cause.
+        """
+        most = model.max_positions - 1
+        if not MIN_CONTEXT <= self.context <= most:
+            raise ConfigError(f"--context must be between {MIN_CONTEXT} and {most}, got {self.context}")
+        for name, value, least in (
+            ("windows", self.windows, 1), ("greedy", self.greedy, 0), ("greedy-tokens", self.greedy_tokens, 1),
+            ("haystacks", self.haystacks, 0), ("needles", self.needles, 1),
+        ):  # fmt: skip
+            if value < least:
+                raise ConfigError(f"--{name} must be at least {least}, got {value}")
+        if self.greedy and GREEDY_PROMPT_TOKENS + self.greedy_tokens > most:
+            raise ConfigError(
+                f"--greedy-tokens must be at most {most - GREEDY_PROMPT_TOKENS}, got {self.greedy_tokens}"
+            )
+        outside = [c for c in self.retrieval_contexts if not MIN_CONTEXT <= c <= most]
+        if self.haystacks and outside:
+            raise ConfigError(f"--retrieval-contexts must be between {MIN_CONTEXT} and {most}, got {outside}")
+
+
+@dataclass(frozen=True)
+class CandidateResult:
+    """All results of one cache."""
+
+    candidate: Candidate
+    texts: tuple[TextResult, ...]
+    greedy: tuple[GreedyResult, ...]
+    retrieval: tuple[RetrievalResult, ...]
 
 
 def evaluate(
     model: ModelDescription,
-    profile: Profile,
-    profile_path: Path,
-    texts: Sequence[Path],
+    candidates: Sequence[Candidate],
+    plan: Plan,
     *,
-    context: int = 1024,
-    windows: int = 8,
-    exempt_layers: frozenset[int] = frozenset(),
     progress: bool = True,
-) -> list[TextResult]:
-    """Compare the compressed cache with the exact one on each text.
+    verbose: bool = False,
+) -> list[CandidateResult]:
+    """Compare every candidate with the exact cache.
 
     Args:
         model: the model.
-        profile: its verified profile.
-        profile_path: where the engine reads the profile from.
-        texts: UTF-8 files.
-        context: tokens per window.
-        windows: most windows per text, spread evenly over it.
-        exempt_layers: layers to leave uncompressed.
+        candidates: caches with different names.
+        plan: what to ask.
         progress: show a bar.
+        verbose: let the engines write their logs to standard error.
 
     Raises:
-        ConfigError: for bad input, before any model is loaded, or for a text shorter than :data:`MIN_CONTEXT` tokens.
+        SpectralError: for bad input, before any model is loaded; or if an engine fails.
     """
-    if not MIN_CONTEXT <= context <= model.max_positions - 1:
-        raise ConfigError(f"--context must be between {MIN_CONTEXT} and {model.max_positions - 1}, got {context}")
-    if windows < 1:
-        raise ConfigError(f"--windows must be at least 1, got {windows}")
-    contents = read_texts(texts)
-    from vllm_spectral.backend.engine import OfflineEngine
+    plan.check(model)
+    names = [candidate.name for candidate in candidates]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"two caches have the name {', '.join(twice)}: rename one profile's file before it is calibrated"
+        )
+    tokenize = tokenizer(model)
+    documents = [tokenize(text) for text in read_texts(plan.texts)]
+    named = list(zip(labels(plan.texts), documents, strict=True))
+    cases = [case for name, ids in named for case in text_cases(name, ids, plan.context, plan.windows)]
+    prompts = [prompt for name, ids in named for prompt in greedy_prompts(name, ids, GREEDY_PROMPT_TOKENS, plan.greedy)]
+    if plan.haystacks:
+        cases += retrieval_cases(documents[0], tokenize, plan.retrieval_contexts, plan.needles, plan.haystacks)
+    longest = max([len(case.ids) for case in cases] + [GREEDY_PROMPT_TOKENS + plan.greedy_tokens] * bool(prompts))
+    measured: dict[str, list[tuple[Case, Metrics]]] = {}
+    with tempfile.TemporaryDirectory(prefix="vllm-spectral-") as folder:
+        log = None if verbose else Path(folder) / "engine.log"
+        with engine(EngineRequest(model, "dense", None, longest, log)) as dense:
+            if prompts:
+                answers = dense.generate([ids for _, ids in prompts], plan.greedy_tokens)
+                cases += [greedy_case(name, ids, a) for (name, ids), a in zip(prompts, answers, strict=True) if a]
+            references = [Path(folder) / f"{index}.pt" for index in range(len(cases))]
+            with _bar("exact cache", cases, progress) as advance:
+                for case, file in zip(cases, references, strict=True):
+                    dense.record(case.ids, file)
+                    advance(len(case.ids))
+            for candidate in candidates:
+                if candidate.engine == "dense":
+                    measured[candidate.name] = _score(dense, candidate, cases, references, progress)
+        for candidate in candidates:
+            if candidate.engine != "dense":
+                with engine(EngineRequest(model, candidate.engine, candidate.config, longest, log)) as other:
+                    measured[candidate.name] = _score(other, candidate, cases, references, progress)
+    return [_summary(candidate, measured[candidate.name]) for candidate in candidates]
 
-    engine = OfflineEngine(
-        model,
-        SpectralConfig(profile=profile_path, digest=profile.digest, mode=Mode.EVALUATE, exempt_layers=exempt_layers),
-        max_model_len=context + 1,
-        max_num_seqs=1,
-        kv_cache_tokens=2 * context + 64,
-    )
-    cut = [_cut(engine.tokenize(text), context, windows, file) for file, text in zip(texts, contents, strict=True)]
-    results = []
-    with token_bar("evaluating", sum(map(len, cut)), progress) as advance:
-        for file, parts in zip(texts, cut, strict=True):
-            measured = []
-            for ids in parts:
-                for name, exact in (("exact", True), ("compressed", False)):
-                    engine.rpc("spectral_record_hidden", name, exact)
-                    engine.run([ids])
-                measured.append(engine.rpc("spectral_compare", "exact", "compressed", ids)[0])
-                advance(1)
-            results.append(_summary(file.name, measured))
-    return results
+
+def tokenizer(model: ModelDescription) -> Callable[[str], list[int]]:
+    """The model's tokenizer, without special tokens."""
+    from transformers import AutoTokenizer
+
+    encode = AutoTokenizer.from_pretrained(str(model.path)).encode
+    return lambda text: list(encode(text, add_special_tokens=False))
 
 
-def _cut(ids: list[int], context: int, windows: int, file: Path) -> list[list[int]]:
-    """At most ``windows`` full windows, spread evenly; one short window if the text is short."""
-    if len(ids) < MIN_CONTEXT:
-        raise ConfigError(f"{file} has only {len(ids)} tokens, at least {MIN_CONTEXT} are needed")
-    starts = list(range(0, len(ids) - context + 1, context)) or [0]
-    count = min(len(starts), windows)
-    return [ids[start : start + context] for start in (starts[i * len(starts) // count] for i in range(count))]
+def _score(
+    remote: RemoteEngine, candidate: Candidate, cases: Sequence[Case], references: Sequence[Path], progress: bool
+) -> list[tuple[Case, Metrics]]:
+    scored: list[tuple[Case, Metrics]] = []
+    with _bar(candidate.name, cases, progress) as advance:
+        for case, file in zip(cases, references, strict=True):
+            scored.append((case, remote.score(candidate, case, file)))
+            advance(len(case.ids))
+    return scored
 
 
-def _summary(text: str, measured: list[dict[str, list[float]]]) -> TextResult:
-    merged = {key: [value for window in measured for value in window[key]] for key in measured[0]}
-    exact, compressed = math.exp(fmean(merged["nll_reference"])), math.exp(fmean(merged["nll_candidate"]))
-    per_window = [fmean(window["kl"]) for window in measured]
-    return TextResult(
-        text=text,
-        windows=len(measured),
-        tokens=len(merged["kl"]),
-        perplexity_exact=exact,
-        perplexity=compressed,
-        delta_percent=100 * (compressed / exact - 1),
-        kl=fmean(merged["kl"]),
-        kl_error=stdev(per_window) / math.sqrt(len(per_window)) if len(per_window) > 1 else None,
-        top1=fmean(merged["top1"]),
+def _bar(name: str, cases: Sequence[Case], progress: bool) -> AbstractContextManager[Callable[[int], None]]:
+    return token_bar(name, sum(len(case.ids) for case in cases), progress)
+
+
+def _summary(candidate: Candidate, measured: Sequence[tuple[Case, Metrics]]) -> CandidateResult:
+    def grouped(kind: str) -> dict[str, list[tuple[Case, Metrics]]]:
+        groups: dict[str, list[tuple[Case, Metrics]]] = {}
+        for case, metrics in measured:
+            if case.kind == kind:
+                groups.setdefault(case.label, []).append((case, metrics))
+        return groups
+
+    return CandidateResult(
+        candidate,
+        tuple(summarize_text(label, rows) for label, rows in grouped("text").items()),
+        tuple(summarize_greedy(label, rows) for label, rows in grouped("greedy").items()),
+        tuple(summarize_retrieval(int(label), rows) for label, rows in grouped("retrieval").items()),
     )

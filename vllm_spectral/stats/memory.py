@@ -76,10 +76,12 @@ class WorkerMemory:
     Attributes:
         layers: the layers.
         shared_bytes: tables that all layers use.
+        exact_bytes: the exact tier's pool.
     """
 
     layers: tuple[LayerMemory, ...]
     shared_bytes: int = 0
+    exact_bytes: int = 0
 
     def to_wire(self) -> dict[str, Any]:
         """Plain lists and dictionaries: between vLLM's processes dataclasses do not survive."""
@@ -88,7 +90,7 @@ class WorkerMemory:
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> WorkerMemory:
         """The inverse of :meth:`to_wire`."""
-        return cls(tuple(LayerMemory(**layer) for layer in wire["layers"]), wire["shared_bytes"])
+        return cls(tuple(LayerMemory(**layer) for layer in wire["layers"]), wire["shared_bytes"], wire["exact_bytes"])
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ class MemoryReport:
 
     @property
     def exact_tier_bytes(self) -> int:
-        """Bytes of uncompressed copies kept beside the pages: there are none."""
-        return 0
+        """Bytes of the pools of exact copies beside the pages."""
+        return sum(worker.exact_bytes for worker in self.workers)
 
     @property
     def resident_bytes(self) -> int:
@@ -167,9 +169,9 @@ class MemoryReport:
 
     @property
     def uncompressed_capacity_tokens(self) -> int:
-        """Tokens that bf16 pages would hold in ``pool_bytes``, in whole blocks."""
+        """Tokens that bf16 pages would hold in the bytes of pages and exact tier together, in whole blocks."""
         block = self.uncompressed_bytes_per_token * self.block_size_tokens
-        return self.pool_bytes // block * self.block_size_tokens
+        return (self.pool_bytes + self.exact_tier_bytes) // block * self.block_size_tokens
 
     @property
     def compression_ratio(self) -> float:

@@ -1,0 +1,180 @@
+"""The exact tier inside vLLM: its memory, and a plan for every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
+
+from vllm_spectral.codec.attention import ExactTokens
+from vllm_spectral.config import SpectralConfig
+from vllm_spectral.errors import ConfigError
+from vllm_spectral.exact.directory import ExactDirectory, StepPlan
+from vllm_spectral.exact.window import ExactWindow, copy_bytes, group_tokens
+
+logger = init_logger("vllm.spectral")
+
+LARGEST_SHARE = 24
+"""Without a configured size the tier takes at most this fraction (one over it) of the memory: capacity falls by 4 %."""
+
+
+class ExactTier:
+    """The pool of one worker: the directory, shared by all layers, and every layer's copies.
+
+    Args:
+        directory: decides which slots have copies.
+        layer_bytes: bytes of one token's copy in one layer.
+        num_layers: compressed layers of this worker.
+    """
+
+    def __init__(self, directory: ExactDirectory, layer_bytes: int, num_layers: int) -> None:
+        self.directory = directory
+        self.num_bytes = directory.num_entries * directory.group_tokens * layer_bytes * num_layers
+
+    @classmethod
+    def reserve(
+        cls, vllm_config: VllmConfig, config: SpectralConfig, *, num_layers: int, num_heads: int, head_dim: int
+    ) -> ExactTier | None:
+        """Take the tier's bytes out of the memory that vLLM was given for the cache.
+
+        Must run once per worker, while the model is loaded: vLLM measures or reads its memory afterwards. Where it
+        measures, the pool has been allocated by then and is counted; where it was told, the number is lowered.
+
+        Returns:
+            None if nothing is to be read exactly.
+
+        Raises:
+            ConfigError: if the configured size is too small for one request, or larger than the cache's memory.
+        """
+        speculative = vllm_config.speculative_config
+        window = ExactWindow(
+            config.exact_first_tokens,
+            config.exact_recent_tokens,
+            speculative.num_speculative_tokens if speculative else 0,
+        )
+        if not window or config.exact_bytes == 0:
+            return None
+        if vllm_config.kv_transfer_config is not None:
+            raise ConfigError(
+                "KV transfer fills pages behind the exact tier's back: switch the tier off (exact memory 0) or the transfer"
+            )
+        cache, block_size = vllm_config.cache_config, vllm_config.cache_config.block_size
+        size, layer_bytes = group_tokens(block_size), copy_bytes(num_heads, head_dim)
+        entry_bytes = size * layer_bytes * num_layers
+        least = window.entries_per_request(size) * entry_bytes
+        given = cache.kv_cache_memory_bytes
+        wanted = config.exact_bytes
+        if wanted is None:
+            share = (given or _device_memory(vllm_config)) // LARGEST_SHARE
+            wanted = min(vllm_config.scheduler_config.max_num_seqs * least, share)
+            if wanted < least:
+                raise ConfigError(
+                    f"the exact tier needs {least} bytes for one request, more than 1/{LARGEST_SHARE} of the cache's "
+                    f"{given}: give the cache more memory, or set the tier's (0 switches it off)"
+                )
+        if wanted < least:
+            raise ConfigError(f"the exact tier needs at least {least} bytes, for one request; configured: {wanted}")
+        if given is not None and wanted >= given:
+            raise ConfigError(f"the exact tier's {wanted} bytes leave nothing of the cache's {given}")
+        tier = cls(ExactDirectory(window, wanted // entry_bytes, block_size), layer_bytes, num_layers)
+        if given is not None:
+            cache.kv_cache_memory_bytes = given - tier.num_bytes
+        logger.info(
+            "exact tier: %d bytes, first %d and last %d tokens of %d requests",
+            tier.num_bytes, window.first, window.recent, tier.requests,
+        )  # fmt: skip
+        return tier
+
+    @property
+    def requests(self) -> int:
+        """Requests whose whole windows the pool holds."""
+        return self.directory.num_entries // self.directory.window.entries_per_request(self.directory.group_tokens)
+
+
+class LayerCopies:
+    """One layer's part of the pool.
+
+    Args:
+        tier: the worker's tier.
+        num_heads, head_dim: the layer's shape on this rank.
+    """
+
+    def __init__(self, tier: ExactTier, num_heads: int, head_dim: int) -> None:
+        self.tier = tier
+        rows = tier.directory.num_entries * tier.directory.group_tokens
+        # Filled, not only reserved: untouched memory would not be resident, and vLLM would not see it as used.
+        self.keys, self.values = torch.empty(2, rows, num_heads, head_dim, dtype=torch.bfloat16).fill_(0.0)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the layer's copies."""
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+
+    def write(self, plan: StepPlan, keys: Tensor, values: Tensor) -> None:
+        """Copy the step's tokens that the plan keeps; ``[num_tokens, num_heads, head_dim]`` each."""
+        self.keys[plan.write_rows] = keys[plan.write_tokens].to(self.keys.dtype)
+        self.values[plan.write_rows] = values[plan.write_tokens].to(self.values.dtype)
+
+    def read(self, plan: StepPlan, request: int, context_len: int, keys: Tensor, values: Tensor) -> ExactTokens:
+        """What one request of the step may read exactly: earlier copies, and the step's own tokens as they are.
+
+        Args:
+            plan: the step's plan.
+            request: the request's place in the batch.
+            context_len: its tokens, the step's included.
+            keys, values: ``[num_queries, num_heads, head_dim]``, its tokens of this step.
+        """
+        own = torch.arange(context_len - keys.shape[0], context_len)
+        rows, window = plan.rows[request], self.tier.directory.window
+        return ExactTokens(
+            torch.cat([plan.positions[request], own]),
+            # Through the pool's dtype, so that a token is the same for its own step and for a later one.
+            torch.cat([self.keys[rows], keys.to(self.keys.dtype)]),
+            torch.cat([self.values[rows], values.to(self.values.dtype)]),
+            window.first,
+            window.recent,
+        )
+
+
+@dataclass
+class SpectralMetadata(CPUAttentionMetadata):
+    """Stock metadata and the exact tier's plan for the step; None without a tier."""
+
+    exact: StepPlan | None = field(default=None)
+
+
+class SpectralMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Adds the exact tier's plan to what vLLM builds once per step for a group of compressed layers."""
+
+    def build(self, *args: Any, **kwargs: Any) -> SpectralMetadata:
+        """As the stock builder."""
+        base = super().build(*args, **kwargs)
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
+        copies: LayerCopies | None = next(iter(layers.values())).impl.copies
+        plan = None
+        if copies is not None:
+            if base.seq_lens.shape[0] > copies.tier.requests:
+                logger.warning_once(
+                    "more requests run at once than the exact tier holds (%d): they share it, and read more from "
+                    "compressed pages; a larger exact memory, or fewer requests, would change that", copies.tier.requests,
+                )  # fmt: skip
+            starts = base.query_start_loc.numpy()
+            count = base.seq_lens.shape[0]
+            plan = copies.tier.directory.step(
+                base.block_table.numpy(), base.seq_lens.numpy(), starts[1 : count + 1] - starts[:count],
+                base.slot_mapping.numpy().astype("int64"),
+            )  # fmt: skip
+        return SpectralMetadata(**vars(base), exact=plan)
+
+
+def _device_memory(vllm_config: VllmConfig) -> int:
+    """Upper bound of what vLLM will take for weights and cache together."""
+    total = int(current_platform.get_device_total_memory())
+    return int(total * vllm_config.cache_config.gpu_memory_utilization)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from vllm_spectral.cli.common import exact_fields
 from vllm_spectral.cli.main import build_parser, main
+from vllm_spectral.models.biases import BiasSurvey, KeyBias
 from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.schema import Profile
-from vllm_spectral.profile.storage import save_profile
+from vllm_spectral.profile.storage import load_profile, save_profile
 from vllm_spectral.versions import require_tested_vllm
 
 
@@ -158,3 +160,63 @@ def test_the_demo_model_is_there() -> None:
     from vllm_spectral.models.demo import demo_model
 
     assert ModelDescription.from_directory(demo_model()).head_dim == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("0", 0), ("4096", 4096), ("64M", 64 << 20), ("1.5GiB", 3 << 29), ("2kb", 2048), ("1t", 1 << 40)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    args = build_parser().parse_args(["serve", "demo", "--profile", "p", "--exact-memory-bytes", text])
+    assert exact_fields(args)["exact_bytes"] == size
+
+
+@pytest.mark.parametrize(
+    "flag", [["--exact-memory-bytes", "much"], ["--exact-memory-bytes", "-1"], ["--exact-recent-tokens", "-1"]]
+)
+def test_sizes_that_make_no_sense(flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        build_parser().parse_args(["serve", "demo", "--profile", "p", *flag])
+    assert exit_.value.code == 2
+    assert flag[0] in capsys.readouterr().err
+
+
+def test_the_exact_tier_is_on_by_default() -> None:
+    args = build_parser().parse_args(["evaluate", "demo", "--profile", "p", "--text", "t"])
+    assert exact_fields(args) == {"exact_first_tokens": 4, "exact_recent_tokens": 64, "exact_bytes": None}
+
+
+def test_presets_need_no_engine_where_nothing_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "instant.spectral"
+    assert main(["calibrate", "demo", "-o", str(path), "--preset", "instant"]) == 0
+    made = load_profile(path)
+    assert (made.provenance.basis, made.bits_per_element) == ("hadamard", 4.0)
+    assert main(["calibrate", "demo", "-o", str(path), "--preset", "instant", "--bits", "3"]) == 0
+    assert load_profile(path).bits_per_element == 3.0
+
+
+def test_evaluate_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, text = tmp_path / "p.spectral", tmp_path / "t.txt"
+    assert main(["calibrate", "demo", "-o", str(path), "--preset", "instant"]) == 0
+    text.write_text("word " * 100)
+    command = ["evaluate", "demo", "--profile", str(path), "--text", str(text)]
+    assert "unknown cache 'int3'" in refused(capsys, *command, "--against", "int3")
+    assert "--context" in refused(capsys, *command, "--context", "9000")
+    assert "--exempt-layers [30]" in refused(capsys, *command, "--exempt-layers", "30")
+    assert "cannot write" in refused(capsys, *command, "--markdown", str(tmp_path / "none" / "t.md"))
+    twice = ["evaluate", "demo", "--profile", str(path), str(path), "--text", str(text)]
+    assert "two caches have the name p" in refused(capsys, *twice)
+
+
+def test_serve_recommends_exempt_layers_and_takes_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.spectral"
+    assert main(["calibrate", "demo", "-o", str(path), "--preset", "instant"]) == 0
+    monkeypatch.setattr(
+        "vllm_spectral.models.biases.survey", lambda _: BiasSurvey((KeyBias(0, 90.0, 1.0), KeyBias(7, 50.0, 1.0)))
+    )
+    served = []
+    monkeypatch.setattr("vllm_spectral_server.launch.serve", lambda *args: served.append(args[3]))
+    assert main(["serve", "demo", "--profile", str(path), "--exempt-layers", "7"]) == 0
+    assert "warning: key biases of layers 0 are too large" in capsys.readouterr().err
+    assert served[0].exempt_layers == {7}

@@ -64,5 +64,5 @@ def test_the_whole_path(name: str, demo: Path, texts: dict[str, Path], tmp_path:
     found = subprocess.run([*command, "--windows", "2", "--json"], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-3000:]
     served, strict = json.loads(found.stdout)["candidates"]
+    # A random model's most likely token is decided by next to nothing, its distribution is not.
     assert 0 < served["texts"][0]["kl"] < strict["texts"][0]["kl"] < 0.5
-    assert served["texts"][0]["top1"] > 0.7

@@ -56,6 +56,7 @@ def test_the_users_own_text(name: str, texts: dict[str, Path], tmp_path: Path) -
         command = cli("calibrate", "demo", "-o", str(path), "--text", str(short), "--bits", "3", "--seed", "5")
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, (index, result.stderr[-4000:])
+        assert "this text is narrow" in result.stderr
         profile = load_profile(path)
         assert profile.provenance.text_source == "short.txt"
         assert profile.bits_per_element == 3.0

@@ -7,7 +7,7 @@ import re
 import openai
 import pytest
 
-from tests.engine.conftest import Server
+from tests.engine.conftest import POOL_BYTES, Server
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -44,7 +44,11 @@ def test_the_memory_report_adds_up(server: Server) -> None:
     assert memory["uncompressed_bytes_per_token"] == 30 * heads * dim * 2 * 2
     assert memory["capacity_tokens"] == memory["num_blocks"] * memory["block_size_tokens"]
     assert memory["pool_bytes"] == memory["capacity_tokens"] * memory["bytes_per_token"]
-    assert memory["uncompressed_capacity_tokens"] * memory["uncompressed_bytes_per_token"] <= memory["pool_bytes"]
+    given = memory["pool_bytes"] + memory["exact_tier_bytes"]
+    assert 0.99 * POOL_BYTES < given <= POOL_BYTES, "pages and exact copies share the memory that was asked for"
+    assert 0.03 * POOL_BYTES < memory["exact_tier_bytes"] <= POOL_BYTES / 24
+    dense_tokens = given // memory["uncompressed_bytes_per_token"]
+    assert dense_tokens - 32 < memory["uncompressed_capacity_tokens"] <= dense_tokens
     resident = sum(memory[key] for key in ("pool_bytes", "exact_tier_bytes", "workspace_bytes", "profile_bytes"))
     dense = memory["uncompressed_bytes_per_token"] * memory["capacity_tokens"]
     assert memory["effective_compression_ratio"] == pytest.approx(dense / resident)

@@ -72,14 +72,18 @@ class ExactTier:
         given = cache.kv_cache_memory_bytes
         wanted = config.exact_bytes
         if wanted is None:
-            share = (given or _device_memory(vllm_config)) // LARGEST_SHARE
+            memory = given or _device_memory(vllm_config)
+            # A small cache still gets one request's window, if that leaves most of it to pages.
+            share = max(memory // LARGEST_SHARE, min(least, memory // 4))
             wanted = min(vllm_config.scheduler_config.max_num_seqs * least, share)
             if wanted < least:
-                raise ConfigError(
-                    f"the exact tier needs {least} bytes for one request, more than 1/{LARGEST_SHARE} of the cache's "
-                    f"{given}: give the cache more memory, or set the tier's (0 switches it off)"
-                )
-        if wanted < least:
+                logger.warning(
+                    "the exact tier gets %d bytes, too few for one request's window (%d): fidelity will be lower; "
+                    "give the cache more memory, or set the tier's", wanted, least,
+                )  # fmt: skip
+            if wanted < entry_bytes:
+                return None
+        elif wanted < least:
             raise ConfigError(f"the exact tier needs at least {least} bytes, for one request; configured: {wanted}")
         if given is not None and wanted >= given:
             raise ConfigError(f"the exact tier's {wanted} bytes leave nothing of the cache's {given}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -29,6 +29,8 @@ from vllm_spectral.profile.schema import Profile
 from vllm_spectral.profile.storage import load_profile, require_model
 
 logger = init_logger("vllm.spectral")
+_DRAFTLESS = ("ngram", "suffix")
+"""Methods of speculation that need no second model."""
 
 
 @lru_cache(maxsize=1)
@@ -53,6 +55,16 @@ def _load_once(config: SpectralConfig, model: str) -> Profile:
         profile.name, profile.digest[:12], profile.bits_per_element,
     )  # fmt: skip
     return profile
+
+
+def _refuse_draft_models(vllm_config: VllmConfig) -> None:
+    """A draft model has attention layers of its own, which the profile knows nothing of."""
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in _DRAFTLESS:
+        raise ConfigError(
+            f"speculative method {speculative.method} brings a draft model, which has no profile; without one: "
+            + ", ".join(_DRAFTLESS)
+        )
 
 
 @cache
@@ -87,6 +99,7 @@ class SpectralImpl(CPUAttentionBackendImpl):
         config = parse_config(self._vllm_config.additional_config)
         assert config is not None  # SpectralCPUBackend chose this class because of it
         self._config = config
+        _refuse_draft_models(self._vllm_config)
         self._profile = _load_once(config, self._vllm_config.model_config.model)
         self.codec: LayerCodec | None = None
         self.copies: LayerCopies | None = None

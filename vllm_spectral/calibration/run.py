@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from vllm_spectral.backend.engine import OfflineEngine
 
 MIN_BITS = 1.5
-NARROW = 1.5
-"""Excess error from which a text is called narrow."""
+NARROW = 1.2
+"""Excess error from which a text is called narrow. On the demo model: prose, code and licences 1.26 to 1.29 each, a mixture
+of the three 1.15, the answers to the built-in prompts 1.07."""
 ANSWER_TOKENS = 144
 """Tokens the model writes per built-in prompt."""
 WINDOW_TOKENS = 4096
@@ -115,10 +116,18 @@ def calibrate(
         SpectralError: for bad input, before any model is loaded.
     """
     request.check()
+    measured = None if request.basis == "hadamard" else measure(request, progress=progress)
+    return build(request, measured, warn=warn)
+
+
+def build(
+    request: CalibrationRequest, measured: Measured | None, *, warn: Callable[[str], None] = warnings.warn
+) -> Profile:
+    """The profile of a checked request; ``measured`` is what :func:`measure` found for it, None for a Hadamard basis."""
     model = request.model
     fingerprint = model.fingerprint()
     slot_bytes = slot_bytes_for(request.bits, model.head_dim)
-    if request.basis == "hadamard":
+    if measured is None:
         source, num_tokens = "none", 0
         layers: list[LayerProfile] = [
             hadamard_layer(model.num_kv_heads, model.head_dim, slot_bytes, request.seed + index)
@@ -126,7 +135,6 @@ def calibrate(
         ]
     else:
         source = ", ".join(file.name for file in request.texts) or "built-in prompts"
-        measured = measure(request, progress=progress)
         num_tokens = measured.moments[0].num_tokens
         layers = [spectral_layer(layer, slot_bytes) for layer in measured.moments]
         if measured.broad is not None:

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_spectral.cli.common import (
     MODEL_HELP,
@@ -20,6 +20,9 @@ from vllm_spectral.cli.common import (
 )
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.versions import require_tested_vllm
+
+if TYPE_CHECKING:
+    from vllm_spectral.evaluation.run import CandidateResult
 
 _DESCRIPTION = """\
 Compare answers from compressed pages with those of an exact cache, through the real engine, on the same windows of
@@ -77,7 +80,9 @@ def add_parser(commands: Any) -> None:
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    output.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables as Markdown, too")
+    output.add_argument(
+        "--markdown", metavar="FILE", type=Path, help="write the tables as Markdown, too, after each cache"
+    )
     output.add_argument("--plot", metavar="FOLDER", type=Path, help="write rate-distortion and position plots there")
     add_exact(parser)
     add_verbose(parser)
@@ -120,7 +125,19 @@ def run(args: argparse.Namespace) -> int:
     for file in (args.markdown, args.plot):
         if file is not None and not file.absolute().parent.is_dir():
             raise ConfigError(f"cannot write {file}: {file.parent} is no directory")
-    results = evaluate(model, candidates, plan, verbose=args.verbose)
+    done: list[CandidateResult] = []
+
+    def keep(result: CandidateResult) -> None:
+        done.append(result)
+        for text in result.texts:
+            sys.stderr.write(
+                f"{result.candidate.name}, {text.text}: perplexity {text.delta_percent:+.2f} %, KL {text.kl:.4f}, "
+                f"top-1 {100 * text.top1:.1f} %\n"
+            )
+        if args.markdown:
+            args.markdown.write_text(markdown(done), encoding="utf-8")
+
+    results = evaluate(model, candidates, plan, verbose=args.verbose, on_result=keep)
     table = markdown(results)
     if args.markdown:
         args.markdown.write_text(table, encoding="utf-8")

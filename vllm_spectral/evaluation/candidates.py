@@ -29,6 +29,7 @@ class Candidate:
         engine: which engine it needs; all ``dense`` candidates share one.
         bits: stored bits per KV element in the pages, scales included.
         first, recent: tokens read from exact copies.
+        family: what it is a setting of; one line in a plot over bits.
         config: of a profile's engine.
         rival: of a rival.
     """
@@ -38,6 +39,7 @@ class Candidate:
     bits: float
     first: int = 0
     recent: int = 0
+    family: str = ""
     config: SpectralConfig | None = None
     rival: Rival | None = field(default=None)
 
@@ -48,9 +50,14 @@ def of_profile(
     """A profile, served with or without the exact tier."""
     first, recent = (0, 0) if strict else (first, recent)
     return Candidate(
-        profile.name + (STRICT if strict else ""), "profile", profile.bits_per_element, first, recent,
+        profile.name + (STRICT if strict else ""),
+        "profile",
+        profile.bits_per_element,
+        first,
+        recent,
+        f"{profile.provenance.basis} basis",
         SpectralConfig(path, profile.digest, exempt, first, recent),
-    )  # fmt: skip
+    )
 
 
 def named(names: Sequence[str], head_dim: int, *, first: int, recent: int) -> list[Candidate]:
@@ -65,7 +72,7 @@ def named(names: Sequence[str], head_dim: int, *, first: int, recent: int) -> li
     found = []
     for name in dict.fromkeys(wanted):
         if name in STOCK:
-            found.append(Candidate(name, "fp8" if name == "fp8" else "dense", STOCK[name]))
+            found.append(Candidate(name, "fp8" if name == "fp8" else "dense", STOCK[name], family=name))
             continue
         strict = name.endswith(STRICT)
         try:
@@ -76,5 +83,6 @@ def named(names: Sequence[str], head_dim: int, *, first: int, recent: int) -> li
                 f"unknown cache {name!r}: known are all, {', '.join(known)}; with {STRICT} appended: without the exact tier"
             ) from None
         tier = (0, 0) if strict else (first, recent)
-        found.append(Candidate(name, "dense", other.bits(head_dim), *tier, rival=other))
+        family = "TurboQuant" if name.startswith("turboquant") else other.name
+        found.append(Candidate(name, "dense", other.bits(head_dim), *tier, family, rival=other))
     return found

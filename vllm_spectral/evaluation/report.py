@@ -93,7 +93,8 @@ def plot(results: Sequence[CandidateResult], folder: Path) -> list[Path]:
         ("rate-distortion", _draw_rate, "stored bits per KV element"),
         ("kl-by-position", _draw_positions, "position in the context"),
     ):
-        figure, axes = plt.subplots(1, len(texts), figsize=(6 * len(texts), 4.5), squeeze=False, sharey=True)
+        size = (5 * len(texts) + 2.5, 4.5)
+        figure, axes = plt.subplots(1, len(texts), figsize=size, squeeze=False, sharey=True)
         for index, axis in enumerate(axes[0]):
             draw(axis, results, index)
             axis.set_title(texts[index])
@@ -101,7 +102,7 @@ def plot(results: Sequence[CandidateResult], folder: Path) -> list[Path]:
             axis.set_yscale("log")
             axis.grid(visible=True, which="both", alpha=0.3)
         axes[0][0].set_ylabel("KL to the exact cache (nats per token)")
-        axes[0][-1].legend(fontsize="small")
+        axes[0][-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1.0))
         figure.tight_layout()
         written.append(folder / f"{name}.png")
         figure.savefig(written[-1], dpi=120)
@@ -119,11 +120,18 @@ def _draw_rate(axis: Any, results: Sequence[CandidateResult], index: int) -> Non
 
 
 def _draw_positions(axis: Any, results: Sequence[CandidateResult], index: int) -> None:
-    for result in results:
+    # Colours repeat after ten caches, markers after four: together they tell forty apart.
+    for number, result in enumerate(results):
         rows = result.texts[index].kl_by_position
         # In its bin's middle; the first bin starts at 0, which a logarithmic axis does not have.
         middle = [max(row["from"], row["to"] / 4) ** 0.5 * row["to"] ** 0.5 for row in rows]
-        axis.plot(middle, [row["kl"] for row in rows], marker=".", label=result.candidate.name)
+        axis.plot(
+            middle,
+            [row["kl"] for row in rows],
+            marker="o^sx"[number // 10 % 4],
+            markersize=4,
+            label=result.candidate.name,
+        )
     axis.set_xscale("log", base=2)
 
 
@@ -132,12 +140,8 @@ def _families(results: Sequence[CandidateResult]) -> Iterator[tuple[str, list[Ca
     groups: dict[str, list[CandidateResult]] = {}
     for result in results:
         c = result.candidate
-        name = c.name.removesuffix(STRICT)
-        if c.config is not None:
-            name = "spectral profiles"
-        elif name.startswith("turboquant"):
-            name = "TurboQuant"
-        if c.engine != "fp8" and c.name != "bf16":
+        name = c.family or c.name
+        if c.config is not None or c.rival is not None:
             name += f", {c.first} + {c.recent} exact" if c.first or c.recent else STRICT
         groups.setdefault(name, []).append(result)
     yield from groups.items()

@@ -105,6 +105,7 @@ def evaluate(
     *,
     progress: bool = True,
     verbose: bool = False,
+    on_result: Callable[[CandidateResult], None] = lambda _: None,
 ) -> list[CandidateResult]:
     """Compare every candidate with the exact cache.
 
@@ -114,6 +115,7 @@ def evaluate(
         plan: what to ask.
         progress: show a bar.
         verbose: let the engines write their logs to standard error.
+        on_result: told of each cache when it is done: what was measured until an interruption is not lost.
 
     Raises:
         SpectralError: for bad input, before any model is loaded; or if an engine fails.
@@ -133,7 +135,17 @@ def evaluate(
     if plan.haystacks:
         cases += retrieval_cases(documents[0], tokenize, plan.retrieval_contexts, plan.needles, plan.haystacks)
     longest = max([len(case.ids) for case in cases] + [GREEDY_PROMPT_TOKENS + plan.greedy_tokens] * bool(prompts))
-    measured: dict[str, list[tuple[Case, Metrics]]] = {}
+    results: dict[str, CandidateResult] = {}
+
+    def score(remote: RemoteEngine, candidate: Candidate) -> None:
+        scored: list[tuple[Case, Metrics]] = []
+        with _bar(candidate.name, cases, progress) as advance:
+            for case, file in zip(cases, references, strict=True):
+                scored.append((case, remote.score(candidate, case, file)))
+                advance(len(case.ids))
+        results[candidate.name] = _summary(candidate, scored)
+        on_result(results[candidate.name])
+
     with tempfile.TemporaryDirectory(prefix="vllm-spectral-") as folder:
         log = None if verbose else Path(folder) / "engine.log"
         with engine(EngineRequest(model, "dense", None, longest, log)) as dense:
@@ -147,12 +159,12 @@ def evaluate(
                     advance(len(case.ids))
             for candidate in candidates:
                 if candidate.engine == "dense":
-                    measured[candidate.name] = _score(dense, candidate, cases, references, progress)
+                    score(dense, candidate)
         for candidate in candidates:
             if candidate.engine != "dense":
                 with engine(EngineRequest(model, candidate.engine, candidate.config, longest, log)) as other:
-                    measured[candidate.name] = _score(other, candidate, cases, references, progress)
-    return [_summary(candidate, measured[candidate.name]) for candidate in candidates]
+                    score(other, candidate)
+    return [results[candidate.name] for candidate in candidates]
 
 
 def tokenizer(model: ModelDescription) -> Callable[[str], list[int]]:
@@ -161,17 +173,6 @@ def tokenizer(model: ModelDescription) -> Callable[[str], list[int]]:
 
     encode = AutoTokenizer.from_pretrained(str(model.path)).encode
     return lambda text: list(encode(text, add_special_tokens=False))
-
-
-def _score(
-    remote: RemoteEngine, candidate: Candidate, cases: Sequence[Case], references: Sequence[Path], progress: bool
-) -> list[tuple[Case, Metrics]]:
-    scored: list[tuple[Case, Metrics]] = []
-    with _bar(candidate.name, cases, progress) as advance:
-        for case, file in zip(cases, references, strict=True):
-            scored.append((case, remote.score(candidate, case, file)))
-            advance(len(case.ids))
-    return scored
 
 
 def _bar(name: str, cases: Sequence[Case], progress: bool) -> AbstractContextManager[Callable[[int], None]]:

@@ -1,0 +1,59 @@
+"""Effective capacity at a working point: everything that is resident for the cache, against bf16.
+
+``python -m benchmarks.capacity PROFILE [REQUESTS] [CONTEXT]`` gives the real engine exactly the memory that so many
+requests of the demo model take in pages and exact copies, and prints what it reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from vllm_spectral.backend.worker import EXTENSION
+from vllm_spectral.exact.window import ExactWindow, copy_bytes, group_tokens
+from vllm_spectral.models.demo import demo_model
+from vllm_spectral.models.description import ModelDescription
+from vllm_spectral.profile.storage import load_profile
+from vllm_spectral.stats.memory import MemoryReport, WorkerMemory
+
+BLOCK = 32
+
+
+def main(path: str, requests: int, context: int) -> None:
+    """Start, ask, print."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    model, profile = ModelDescription.from_directory(demo_model()), load_profile(Path(path))
+    layers, heads = model.num_layers, model.num_kv_heads
+    size = group_tokens(BLOCK)
+    window = ExactWindow().entries_per_request(size) * size * copy_bytes(heads, model.head_dim) * layers
+    pages = context * layers * heads * profile.slot_bytes
+    llm = LLM(
+        str(model.path), enforce_eager=True, block_size=BLOCK, max_model_len=context, max_num_seqs=requests,
+        kv_cache_memory_bytes=requests * (pages + window), worker_extension_cls=EXTENSION,
+        additional_config={"spectral": {"profile": path, "exact_bytes": requests * window}},
+    )  # fmt: skip
+    (answer,) = llm.collective_rpc("spectral_memory")
+    report = MemoryReport.gather(
+        [WorkerMemory.from_wire(answer)],
+        num_blocks=llm.llm_engine.vllm_config.cache_config.num_gpu_blocks, block_size=BLOCK, used_blocks=0,
+    )  # fmt: skip
+    for name in (
+        "capacity_tokens", "pool_bytes", "exact_tier_bytes", "workspace_bytes", "profile_bytes", "compression_ratio",
+        "effective_compression_ratio",
+    ):  # fmt: skip
+        sys.stdout.write(f"{name:>28} {getattr(report, name):,.2f}\n")
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("profile")
+    parser.add_argument("requests", type=int, nargs="?", default=16)
+    parser.add_argument("context", type=int, nargs="?", default=8192)
+    arguments = parser.parse_args()
+    main(arguments.profile, arguments.requests, arguments.context)

@@ -9,30 +9,33 @@ from pathlib import Path
 import pytest
 
 from tests.engine.conftest import cli
+from vllm_spectral.evaluation.candidates import fp8_runs_here
 from vllm_spectral.profile.storage import load_profile
 
 
 def test_answers_stay_close_to_the_exact_cache(calibrated: Path, texts: dict[str, Path]) -> None:
     command = cli("evaluate", "demo", "--profile", str(calibrated), "--text", *map(str, texts.values()), "--json")
-    command += ["--windows", "6", "--strict", "--against", "bf16", "fp8", "turboquant_k4v4"]
+    against = ["bf16", "turboquant_k4v4", *(["fp8"] if fp8_runs_here() else [])]
+    command += ["--windows", "6", "--strict", "--against", *against]
     command += ["--greedy", "2", "--haystacks", "1", "--retrieval-contexts", "512"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads(result.stdout)
     assert report["profile"]["bits_per_element"] <= 4.0
     assert len(report["texts"]) == len(texts)
-    served, strict, bf16, fp8, turboquant = report["candidates"]
+    served, strict, bf16, turboquant, *fp8 = report["candidates"]
     assert served["texts"] == report["texts"]
     for index in range(len(texts)):
-        ours, alone, floor, theirs, rival = (c["texts"][index] for c in (served, strict, bf16, fp8, turboquant))
+        ours, alone, floor, rival = (c["texts"][index] for c in (served, strict, bf16, turboquant))
         assert alone["delta_percent"] <= 3.0, alone
         assert alone["kl"] <= 0.035, alone
         assert alone["top1"] >= 0.90, alone
         # Exact against exact would show nothing: more must differ than by the kernels' rounding.
         assert floor["kl"] < ours["kl"] < alone["kl"], (floor, ours)
         assert ours["kl"] < rival["kl"], (ours, rival)
-        assert ours["kl"] < theirs["kl"], (ours, theirs)
-        assert ours["top1"] >= theirs["top1"], (ours, theirs)
+        for theirs in (c["texts"][index] for c in fp8):
+            assert ours["kl"] < theirs["kl"], (ours, theirs)
+            assert ours["top1"] >= theirs["top1"], (ours, theirs)
     for candidate in report["candidates"]:
         assert {g["prompts"] for g in candidate["greedy"]} == {2}
         assert candidate["retrieval"][0]["needles"] == 5

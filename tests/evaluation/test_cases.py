@@ -69,7 +69,15 @@ def test_a_haystack_without_room_is_refused() -> None:
         retrieval_cases(WORDS, tokenize, [100], needles=5, count=1)
 
 
-def test_all_means_all_with_and_without_the_tier() -> None:
+def test_fp8_is_refused_where_vllm_has_no_kernel_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_spectral.evaluation.candidates.fp8_runs_here", lambda: False)
+    assert "fp8" not in [c.name for c in named(["all"], 64, first=4, recent=64)]
+    with pytest.raises(ConfigError, match="needs AVX-512 or AMX"):
+        named(["fp8"], 64, first=4, recent=64)
+
+
+def test_all_means_all_with_and_without_the_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_spectral.evaluation.candidates.fp8_runs_here", lambda: True)
     names = [c.name for c in named(["all"], 64, first=4, recent=64)]
     assert names[:2] == ["bf16", "fp8"]
     assert "turboquant_k4v4" in names

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from vllm_spectral.config import SpectralConfig
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.profile.schema import Profile
@@ -60,17 +62,27 @@ def of_profile(
     )
 
 
+def fp8_runs_here() -> bool:
+    """Whether vLLM 0.32 has a kernel for its fp8 cache on this CPU: only with AVX-512 or AMX."""
+    return bool(torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def named(names: Sequence[str], head_dim: int, *, first: int, recent: int) -> list[Candidate]:
-    """VLLM's own caches and rivals by name; ``all`` for all of them, with and without the exact tier.
+    """Caches of vLLM itself and rivals by name; ``all`` for all that run here, with and without the exact tier.
 
     Raises:
-        ConfigError: for an unknown name.
+        ConfigError: for an unknown name, or a cache that cannot run on this machine.
     """
+    stock = [name for name in STOCK if name != "fp8" or fp8_runs_here()]
     wanted: list[str] = []
     for name in names:
-        wanted += [*STOCK, *(r.name + end for r in RIVALS for end in ("", STRICT))] if name == "all" else [name]
+        wanted += [*stock, *(r.name + end for r in RIVALS for end in ("", STRICT))] if name == "all" else [name]
     found = []
     for name in dict.fromkeys(wanted):
+        if name in STOCK and name not in stock:
+            raise ConfigError(
+                "vLLM's fp8 cache needs AVX-512 or AMX on the CPU, which this machine lacks: leave fp8 out"
+            )
         if name in STOCK:
             found.append(Candidate(name, "fp8" if name == "fp8" else "dense", STOCK[name], family=name))
             continue

@@ -36,7 +36,7 @@ READ_TYPES = frozenset({
     "exaone4", "falcon", "gemma", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite",
     "granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax",
     "internlm2", "internlm3", "mimo", "minicpm", "minimax_m2", "ministral3", "mistral", "mixtral", "nemotron", "olmo",
-    "olmo2", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl",
+    "olmo2", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl",
     "qwen2_vl_text", "qwen3", "qwen3_moe", "qwen3_vl_text", "seed_oss", "smollm3", "solar", "stablelm", "starcoder2",
 })  # fmt: skip
 """Model types that were not run, but whose attention in vLLM 0.32 does what the fields read here say, and no more."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
+from vllm_spectral.backend.layers import requests_of
 from vllm_spectral.rivals import Rival
 from vllm_spectral.rivals.attention import windowed_attention
 
@@ -55,9 +56,7 @@ class DenseImpl(CPUAttentionBackendImpl):
         if self.attend is None or attn_metadata is None:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
             return output
-        starts = attn_metadata.query_start_loc.tolist()
-        for request, context_len in enumerate(attn_metadata.seq_lens.tolist()):
-            rows = slice(starts[request], starts[request + 1])
+        for _, rows, context_len in requests_of(attn_metadata):
             if context_len != rows.stop - rows.start:
                 raise RuntimeError("comparison needs the whole context in one step")
             result = self._attend(self.attend, query[rows], key[rows], value[rows])

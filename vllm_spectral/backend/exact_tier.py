@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -151,27 +151,32 @@ class LayerCopies:
 class SpectralMetadata(CPUAttentionMetadata):
     """Stock metadata and the exact tier's plan for the step; None without a tier."""
 
-    exact: StepPlan | None = field(default=None)
+    exact: StepPlan | None = None
 
 
 class SpectralMetadataBuilder(CPUAttentionMetadataBuilder):
     """Adds the exact tier's plan to what vLLM builds once per step for a group of compressed layers."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
+        # All layers of the group share the tier; weights are loaded, so that they have it by now.
+        copies: LayerCopies | None = next(iter(layers.values())).impl.copies
+        self._tier = copies.tier if copies else None
+
     def build(self, *args: Any, **kwargs: Any) -> SpectralMetadata:
         """As the stock builder."""
         base = super().build(*args, **kwargs)
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
-        copies: LayerCopies | None = next(iter(layers.values())).impl.copies
         plan = None
-        if copies is not None:
-            if base.seq_lens.shape[0] > copies.tier.requests:
+        if self._tier is not None:
+            count = base.seq_lens.shape[0]
+            if count > self._tier.requests:
                 logger.warning_once(
                     "more requests run at once than the exact tier holds (%d): they share it, and read more from "
-                    "compressed pages; a larger exact memory, or fewer requests, would change that", copies.tier.requests,
+                    "compressed pages; a larger exact memory, or fewer requests, would change that", self._tier.requests,
                 )  # fmt: skip
             starts = base.query_start_loc.numpy()
-            count = base.seq_lens.shape[0]
-            plan = copies.tier.directory.step(
+            plan = self._tier.directory.step(
                 base.block_table.numpy(), base.seq_lens.numpy(), starts[1 : count + 1] - starts[:count],
                 base.slot_mapping.numpy().astype("int64"),
             )  # fmt: skip

@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_spectral.backend.exact_tier import ExactTier, LayerCopies, SpectralMetadata, SpectralMetadataBuilder
-from vllm_spectral.backend.layers import layer_of, require_supported
+from vllm_spectral.backend.layers import layer_of, requests_of, require_supported
 from vllm_spectral.backend.selection import SpectralCPUBackend
 from vllm_spectral.codec.attention import paged_attention
 from vllm_spectral.codec.quantizer import LayerCodec
@@ -172,11 +172,7 @@ class SpectralImpl(CPUAttentionBackendImpl):
         if self.copies is not None and plan is not None:
             # Before anything is read: a request of this step may share a prefix that another one is just writing.
             self.copies.write(plan, key, value)
-        starts = attn_metadata.query_start_loc.tolist()
-        for request, context_len in enumerate(attn_metadata.seq_lens.tolist()):
-            rows = slice(starts[request], starts[request + 1])
-            if rows.start == rows.stop:
-                continue
+        for request, rows, context_len in requests_of(attn_metadata):
             exact = None
             if self.copies is not None and plan is not None:
                 exact = self.copies.read(plan, request, context_len, key[rows], value[rows])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
 from vllm_spectral.errors import UnsupportedModelError
 
@@ -22,6 +23,15 @@ def layer_of(impl: CPUAttentionBackendImpl, vllm_config: VllmConfig) -> tuple[st
         if getattr(layer, "impl", None) is impl:
             return name, extract_layer_index(name), layer
     raise RuntimeError("the attention implementation belongs to no registered layer")
+
+
+def requests_of(metadata: CPUAttentionMetadata) -> Iterator[tuple[int, slice, int]]:
+    """``(place in the batch, rows of the step, tokens after the step)`` of every request with tokens in the step."""
+    starts = metadata.query_start_loc.tolist()
+    for request, context_len in enumerate(metadata.seq_lens.tolist()):
+        rows = slice(starts[request], starts[request + 1])
+        if rows.start < rows.stop:
+            yield request, rows, context_len
 
 
 def require_supported(impl: CPUAttentionBackendImpl, name: str) -> None:

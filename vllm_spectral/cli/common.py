@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_spectral.config import SpectralConfig
+from vllm_spectral.errors import ConfigError
 from vllm_spectral.models.demo import resolve_model
 from vllm_spectral.models.description import ModelDescription
 
@@ -45,6 +46,30 @@ def add_exact(parser: argparse.ArgumentParser) -> None:
         help="size of the pool per worker, taken out of the cache's memory; 64M, 1.5G, ...; 0: no exact tier "
         "(what --max-num-seqs requests need, at most a 24th of the cache's memory)",
     )  # fmt: skip
+
+
+def add_exempt(parser: argparse.ArgumentParser) -> None:
+    """``--exempt-layers``."""
+    parser.add_argument(
+        "--exempt-layers", metavar="N", type=int, nargs="+", default=[], help="layers to leave uncompressed"
+    )
+
+
+def exempt_layers(args: argparse.Namespace, model: ModelDescription) -> frozenset[int]:
+    """The layers of ``--exempt-layers``.
+
+    Raises:
+        ConfigError: if the model does not have one of them.
+    """
+    outside = [layer for layer in args.exempt_layers if not 0 <= layer < model.num_layers]
+    if outside:
+        raise ConfigError(f"--exempt-layers {outside} do not exist: the model has layers 0 to {model.num_layers - 1}")
+    return frozenset(args.exempt_layers)
+
+
+def for_workers(path: Path) -> Path:
+    """An absolute path, since workers may run elsewhere; symbolic links are kept."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
 
 
 def exact_fields(args: argparse.Namespace) -> dict[str, Any]:

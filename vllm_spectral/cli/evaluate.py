@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from vllm_spectral.cli.common import (
     MODEL_HELP,
     add_exact,
+    add_exempt,
     add_verbose,
     described,
     exact_fields,
+    exempt_layers,
+    for_workers,
     load_for,
     print_json,
     quiet_vllm,
@@ -55,9 +57,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--text", metavar="FILE", type=Path, nargs="+", required=True, help="UTF-8 text")
     parser.add_argument("--against", metavar="CACHE", nargs="+", default=[], help="other caches by name, or all")
     parser.add_argument("--strict", action="store_true", help="each profile without the exact tier, too")
-    parser.add_argument(
-        "--exempt-layers", metavar="N", type=int, nargs="+", default=[], help="layers to leave uncompressed"
-    )
+    add_exempt(parser)
     parser.add_argument("--context", type=int, default=1024, help="tokens per window (1024)")
     parser.add_argument("--windows", type=int, default=8, help="most windows per file, spread evenly over it (8)")
     more = parser.add_argument_group("further questions")
@@ -103,12 +103,9 @@ def run(args: argparse.Namespace) -> int:
     first, recent = exact["exact_first_tokens"], exact["exact_recent_tokens"]
     if exact["exact_bytes"] == 0:
         first = recent = 0
-    paths = [Path(os.path.abspath(path)) for path in args.profile]  # noqa: PTH100 - keeps symbolic links, vLLM may run elsewhere
+    paths = [for_workers(path) for path in args.profile]
     profiles = [load_for(model, path) for path in paths]
-    outside = [layer for layer in args.exempt_layers if not 0 <= layer < model.num_layers]
-    if outside:
-        raise ConfigError(f"--exempt-layers {outside} do not exist: the model has layers 0 to {model.num_layers - 1}")
-    exempt = frozenset(args.exempt_layers)
+    exempt = exempt_layers(args, model)
     candidates = [
         of_profile(profile, path, first=first, recent=recent, exempt=exempt, strict=strict)
         for strict in ((False, True) if args.strict and (first or recent) else (False,))

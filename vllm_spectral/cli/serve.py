@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
-from vllm_spectral.cli.common import MODEL_HELP, add_exact, described, exact_fields, load_for, warn
+from vllm_spectral.cli.common import (
+    MODEL_HELP,
+    add_exact,
+    add_exempt,
+    described,
+    exact_fields,
+    exempt_layers,
+    for_workers,
+    load_for,
+    warn,
+)
 from vllm_spectral.config import DISABLE_VARIABLE, SpectralConfig
-from vllm_spectral.errors import ConfigError
 from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.versions import require_tested_vllm
 
@@ -37,14 +45,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--profile", metavar="PROFILE", type=Path, required=True, help="made by `calibrate`")
-    parser.add_argument(
-        "--exempt-layers", metavar="N", type=int, nargs="+", default=[], help="layers to leave uncompressed"
-    )
+    add_exempt(parser)
     add_exact(parser)
     parser.set_defaults(run=run, passes_flags_on=True)
 
 
-def _warn_of_key_biases(model: ModelDescription, exempt: list[int]) -> None:
+def _warn_of_key_biases(model: ModelDescription, exempt: frozenset[int]) -> None:
     """Recommend layers, and leave the choice to the user: a layer on stock pages costs capacity."""
     from vllm_spectral.models.biases import survey
 
@@ -62,13 +68,11 @@ def run(args: argparse.Namespace) -> int:
     require_tested_vllm()
     model = described(args.model)
     model.require_supported()
-    path = Path(os.path.abspath(args.profile))  # noqa: PTH100 - keeps symbolic links; workers may run elsewhere
+    path = for_workers(args.profile)
     profile = load_for(model, path)
-    outside = [layer for layer in args.exempt_layers if not 0 <= layer < model.num_layers]
-    if outside:
-        raise ConfigError(f"--exempt-layers {outside} do not exist: the model has layers 0 to {model.num_layers - 1}")
-    _warn_of_key_biases(model, args.exempt_layers)
-    config = SpectralConfig(path, profile.digest, frozenset(args.exempt_layers), **exact_fields(args))
+    exempt = exempt_layers(args, model)
+    _warn_of_key_biases(model, exempt)
+    config = SpectralConfig(path, profile.digest, exempt, **exact_fields(args))
     from vllm_spectral_server.launch import serve
 
     serve(model, args.model, profile, config, args.rest)

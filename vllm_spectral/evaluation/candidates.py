@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +43,7 @@ class Candidate:
     recent: int = 0
     family: str = ""
     config: SpectralConfig | None = None
-    rival: Rival | None = field(default=None)
+    rival: Rival | None = None
 
 
 def of_profile(

@@ -16,10 +16,10 @@ from vllm_spectral.config import Mode, SpectralConfig
 from vllm_spectral.errors import SpectralError
 from vllm_spectral.evaluation.candidates import Candidate, Engine
 from vllm_spectral.evaluation.cases import Case
+from vllm_spectral.evaluation.results import Metrics
 from vllm_spectral.models.description import ModelDescription
 
 _LOG_TAIL = 3000
-Metrics = dict[str, list[float]]
 
 
 @dataclass(frozen=True)

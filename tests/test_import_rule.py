@@ -15,8 +15,8 @@ PACKAGE = ROOT / "vllm_spectral"
 SERVER = ROOT / "server" / "vllm_spectral_server"
 
 ORDER = (
-    "errors", "versions", "config", "progress", "codec", "rivals", "models", "profile", "exact", "stats", "backend", "plugin",
-    "calibration", "evaluation", "cli",
+    "errors", "versions", "config", "progress", "codec", "kernels", "rivals", "models", "profile", "exact", "stats",
+    "backend", "plugin", "calibration", "evaluation", "cli",
 )  # fmt: skip
 """A part imports itself and what stands before it, as in docs/architecture.md; the server comes after all."""
 

@@ -12,3 +12,11 @@ scales cost a few per cent."""
 
 WRONG_ROTATION = 4.0
 """How much worse a wrong rotation must be before the test counts it as seen; measured: more than ten times."""
+
+KERNEL_FLOAT = 5e-6
+"""Kernels that multiply in float32 against the float64 reference on the same bytes, norm of the difference over norm: some
+hundred products per score, softmax weights good to 2e-7, sums over a thousand positions. Measured: 1e-6."""
+
+KERNEL_BF16 = 1.5e-2
+"""Kernels that multiply in bf16 (8 bits of mantissa), likewise: a query and a weight are rounded to 2^-9 of themselves. The
+sample's largest scores are about 6, so that they move by 0.01 and with them the outputs. Measured: 5e-3."""

@@ -46,5 +46,9 @@ class UnsupportedModelError(SpectralError):
     """The model cannot be served from spectral pages."""
 
 
+class KernelError(SpectralError):
+    """The compiled kernels are missing, or the instruction set asked for is."""
+
+
 class UnsupportedVersionError(SpectralError):
     """The installed vLLM is outside the tested range."""

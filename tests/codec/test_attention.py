@@ -17,7 +17,7 @@ from vllm_spectral.codec.rotation import unrotate
 from vllm_spectral.profile.schema import LayerProfile
 
 GROUP = 3
-BLOCK = 16
+BLOCK = 32
 SCALE = DIM**-0.5
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.conftest import DIM, HEADS, correlated
 from tests.tolerances import CODING_GAIN
 from vllm_spectral.calibration.allocate import hadamard_layer
-from vllm_spectral.codec.codebook import CELL_RANGE, CELLS, MAX_BITS, Codebooks, normal_codebooks, normal_distortion
+from vllm_spectral.codec.codebook import MAX_BITS, Codebooks, normal_codebooks, normal_distortion
 from vllm_spectral.codec.layout import FLAT_FLAG
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.codec.rotation import rotate
@@ -26,7 +26,7 @@ def test_the_error_is_what_the_codebooks_predict(codec: LayerCodec) -> None:
     values = correlated(4000, seed=3)
     error = codec.decode_values(codec.encode(values, values)) - rotate(values, codec.values.basis)
     curve = torch.tensor(normal_distortion())
-    predicted = (codec.values.deviation.square() * curve[codec.values.spectral.bits]).sum(-1)
+    predicted = (codec.values.width.square() * curve[codec.values.spectral.bits]).sum(-1)
     assert (error.square().sum(-1).mean(0) < CODING_GAIN * predicted).all()
 
 
@@ -110,14 +110,18 @@ def test_more_bits_give_less_error(bits: float) -> None:
     assert error(bits) < error(bits - 0.5)
 
 
-def test_lookup_is_nearest_up_to_a_cell() -> None:
+def test_codes_are_those_of_the_nearest_level() -> None:
     books = Codebooks(normal_codebooks())
     values = torch.randn(20000, 1, 1, generator=torch.Generator().manual_seed(0)) * 1.5
     for bits in range(MAX_BITS + 1):
         width = torch.full((1, 1), bits)
-        exact = (values - books.levels[bits, : 2**bits]).abs().amin(-1, keepdim=True)
-        found = (values - books.nearest_levels(values, width)).abs()
-        assert (found - exact).max() <= 2 * CELL_RANGE / CELLS
-        assert torch.equal(
-            books.levels_of(books.nearest_codes(values, width), width), books.nearest_levels(values, width)
-        )
+        nearest = (values - books.levels[bits, : 2**bits]).abs().amin(-1, keepdim=True)
+        found = (values - books.levels_of(books.nearest_codes(values, width), width)).abs()
+        torch.testing.assert_close(found, nearest, rtol=0, atol=1e-6)
+
+
+def test_levels_are_exact_in_bf16() -> None:
+    levels = normal_codebooks()
+    assert torch.equal(levels.bfloat16().float(), levels)
+    for bits in range(1, MAX_BITS + 1):
+        assert (levels[bits, : 2**bits].diff() > 0).all(), "rounding must not merge levels"

@@ -40,7 +40,9 @@ class Cache:
         self.pages[slots] = values
         self.pool[plan.write_rows.numpy()] = values[plan.write_tokens.numpy()]
         found = []
-        for (blocks, before, _), positions, rows in zip(requests, plan.positions, plan.rows, strict=True):
+        for request, (blocks, before, _) in enumerate(requests):
+            positions, rows = plan.found(request)
+            assert positions.tolist() == sorted(set(positions.tolist()))
             for position, row in zip(positions.tolist(), rows.tolist(), strict=True):
                 assert position < before
                 assert self.pool[row] == self.pages[blocks[position // BLOCK] * BLOCK + position % BLOCK]
@@ -130,7 +132,7 @@ def test_padding_and_empty_requests_are_skipped() -> None:
         np.array([[1, 2], [0, 0]]), np.array([3, 0]), np.array([3, 0]), np.array([32, 33, 34, -1, -1])
     )
     assert plan.write_tokens.tolist() == [0, 1, 2]
-    assert [p.tolist() for p in plan.positions] == [[], []]
+    assert [plan.found(request)[0].tolist() for request in (0, 1)] == [[], []]
 
 
 @given(st.data())

@@ -1,23 +1,19 @@
-"""The exact tier inside vLLM: its memory, and a plan for every step."""
+"""The exact tier inside vLLM: its memory."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
 from vllm_spectral.codec.attention import ExactTokens
 from vllm_spectral.config import SpectralConfig
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.exact.directory import ExactDirectory, StepPlan
 from vllm_spectral.exact.window import ExactWindow, copy_bytes, group_tokens
+from vllm_spectral.kernels.layer import Copies
 
 logger = init_logger("vllm.spectral")
 
@@ -112,19 +108,33 @@ class LayerCopies:
 
     def __init__(self, tier: ExactTier, num_heads: int, head_dim: int) -> None:
         self.tier = tier
-        rows = tier.directory.num_entries * tier.directory.group_tokens
+        # A group's tokens lie together for each head: what one unit of work reads.
+        shape = (tier.directory.num_entries, num_heads, tier.directory.group_tokens, head_dim)
         # Filled, not only reserved: untouched memory would not be resident, and vLLM would not see it as used.
-        self.keys, self.values = torch.empty(2, rows, num_heads, head_dim, dtype=torch.bfloat16).fill_(0.0)
+        self.keys, self.values = torch.empty(2, *shape, dtype=torch.bfloat16).fill_(0.0)
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of the layer's copies."""
         return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
 
+    def of(self, plan: StepPlan) -> Copies:
+        """What the kernels may read exactly in a step."""
+        window = self.tier.directory.window
+        return Copies(
+            self.keys, self.values, plan.write_tokens, plan.write_rows, plan.rows, window.first, window.recent
+        )
+
     def write(self, plan: StepPlan, keys: Tensor, values: Tensor) -> None:
         """Copy the step's tokens that the plan keeps; ``[num_tokens, num_heads, head_dim]`` each."""
-        self.keys[plan.write_rows] = keys[plan.write_tokens].to(self.keys.dtype)
-        self.values[plan.write_rows] = values[plan.write_tokens].to(self.values.dtype)
+        entry, offset = self._places(plan.write_rows)
+        self.keys[entry, :, offset] = keys[plan.write_tokens].to(self.keys.dtype)
+        self.values[entry, :, offset] = values[plan.write_tokens].to(self.values.dtype)
+
+    def _places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Entry and token within it, ``[n]`` int64 each."""
+        size = self.tier.directory.group_tokens
+        return rows // size, rows % size
 
     def read(self, plan: StepPlan, request: int, context_len: int, keys: Tensor, values: Tensor) -> ExactTokens:
         """What one request of the step may read exactly: earlier copies, and the step's own tokens as they are.
@@ -136,51 +146,16 @@ class LayerCopies:
             keys, values: ``[num_queries, num_heads, head_dim]``, its tokens of this step.
         """
         own = torch.arange(context_len - keys.shape[0], context_len)
-        rows, window = plan.rows[request], self.tier.directory.window
+        positions, rows = plan.found(request)
+        window, (entry, offset) = self.tier.directory.window, self._places(rows)
         return ExactTokens(
-            torch.cat([plan.positions[request], own]),
+            torch.cat([positions, own]),
             # Through the pool's dtype, so that a token is the same for its own step and for a later one.
-            torch.cat([self.keys[rows], keys.to(self.keys.dtype)]),
-            torch.cat([self.values[rows], values.to(self.values.dtype)]),
+            torch.cat([self.keys[entry, :, offset], keys.to(self.keys.dtype)]),
+            torch.cat([self.values[entry, :, offset], values.to(self.values.dtype)]),
             window.first,
             window.recent,
         )
-
-
-@dataclass
-class SpectralMetadata(CPUAttentionMetadata):
-    """Stock metadata and the exact tier's plan for the step; None without a tier."""
-
-    exact: StepPlan | None = None
-
-
-class SpectralMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Adds the exact tier's plan to what vLLM builds once per step for a group of compressed layers."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
-        # All layers of the group share the tier; weights are loaded, so that they have it by now.
-        copies: LayerCopies | None = next(iter(layers.values())).impl.copies
-        self._tier = copies.tier if copies else None
-
-    def build(self, *args: Any, **kwargs: Any) -> SpectralMetadata:
-        """As the stock builder."""
-        base = super().build(*args, **kwargs)
-        plan = None
-        if self._tier is not None:
-            count = base.seq_lens.shape[0]
-            if count > self._tier.requests:
-                logger.warning_once(
-                    "more requests run at once than the exact tier holds (%d): they share it, and read more from "
-                    "compressed pages; a larger exact memory, or fewer requests, would change that", self._tier.requests,
-                )  # fmt: skip
-            starts = base.query_start_loc.numpy()
-            plan = self._tier.directory.step(
-                base.block_table.numpy(), base.seq_lens.numpy(), starts[1 : count + 1] - starts[:count],
-                base.slot_mapping.numpy().astype("int64"),
-            )  # fmt: skip
-        return SpectralMetadata(**vars(base), exact=plan)
 
 
 def _device_memory(vllm_config: VllmConfig) -> int:

@@ -16,13 +16,17 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_spectral.backend.exact_tier import ExactTier, LayerCopies, SpectralMetadata, SpectralMetadataBuilder
+from vllm_spectral.backend.exact_tier import ExactTier, LayerCopies
 from vllm_spectral.backend.layers import layer_of, requests_of, require_supported
+from vllm_spectral.backend.metadata import SpectralMetadata, SpectralMetadataBuilder
 from vllm_spectral.backend.selection import SpectralCPUBackend
 from vllm_spectral.codec.attention import paged_attention
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.config import SpectralConfig, parse_config
 from vllm_spectral.errors import ConfigError, ProfileDigestError
+from vllm_spectral.kernels.layer import NativeLayer
+from vllm_spectral.kernels.library import REFERENCE, chosen
+from vllm_spectral.kernels.ops import register_layer
 from vllm_spectral.models.demo import resolve_model
 from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.schema import Profile
@@ -91,6 +95,7 @@ class SpectralImpl(CPUAttentionBackendImpl):
     Attributes:
         codec: the layer's codec, or None if the layer is exempt.
         copies: the layer's part of the exact tier, or None without one.
+        native: the layer's kernels, or None where the torch reference was asked for.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -103,6 +108,8 @@ class SpectralImpl(CPUAttentionBackendImpl):
         self._profile = _load_once(config, self._vllm_config.model_config.model)
         self.codec: LayerCodec | None = None
         self.copies: LayerCopies | None = None
+        self.native: NativeLayer | None = None
+        self._number = -1
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take this layer's part of the profile and announce its slot size to vLLM."""
@@ -117,6 +124,11 @@ class SpectralImpl(CPUAttentionBackendImpl):
         self.codec = profile.layers[index].shard(rank, world).codec(profile.slot_bytes, profile.codebooks)
         tier = self._tier()
         self.copies = LayerCopies(tier, self.num_kv_heads, self.head_size) if tier else None
+        kernels = chosen()
+        logger.info_once("attention over compressed pages by: %s", kernels)
+        if kernels != REFERENCE:
+            self.native = NativeLayer(self.codec)
+            self._number = register_layer(self.native)
         layer.attn_backend = _paged_backend(profile.slot_bytes)
 
     def _tier(self) -> ExactTier | None:
@@ -144,6 +156,9 @@ class SpectralImpl(CPUAttentionBackendImpl):
         if self.codec is None:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
+        if self.native is not None:
+            torch.ops.vllm_spectral.store(key, value, kv_cache, slot_mapping, self._number)
+            return
         count = slot_mapping.shape[0]
         self.codec.layout.write(kv_cache, slot_mapping, self.codec.encode(key[:count], value[:count]))
 
@@ -169,9 +184,12 @@ class SpectralImpl(CPUAttentionBackendImpl):
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
             return output
         plan = attn_metadata.exact
-        if self.copies is not None and plan is not None:
+        if self.native is None and self.copies is not None and plan is not None:
             # Before anything is read: a request of this step may share a prefix that another one is just writing.
             self.copies.write(plan, key, value)
+        if self.native is not None:
+            self._attend_natively(query, key, value, kv_cache, attn_metadata, output)
+            return output
         for request, rows, context_len in requests_of(attn_metadata):
             exact = None
             if self.copies is not None and plan is not None:
@@ -180,3 +198,15 @@ class SpectralImpl(CPUAttentionBackendImpl):
             result = paged_attention(query[rows], kv_cache, blocks, context_len, self.codec, self.scale, exact)
             output[rows] = result.view_as(output[rows])
         return output
+
+    def _attend_natively(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: SpectralMetadata, output: Tensor
+    ) -> None:
+        copies, plan, requests = self.copies, metadata.exact, metadata.requests
+        exact = copies.of(plan) if copies is not None and plan is not None else None
+        torch.ops.vllm_spectral.attend(
+            query, key, value, kv_cache, requests.block_table, requests.query_start, requests.context_lens,
+            exact and exact.keys, exact and exact.values, exact and exact.write_tokens, exact and exact.write_rows,
+            exact and exact.rows, output.view_as(query), self._number,
+            exact.first if exact else 0, exact.recent if exact else 0, self.scale, 0.0, 0,
+        )  # fmt: skip

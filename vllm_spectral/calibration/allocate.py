@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_spectral.codec.allocation import water_fill
-from vllm_spectral.codec.layout import payload_bits
+from vllm_spectral.codec.allocation import remaining_error, water_fill
+from vllm_spectral.codec.layout import WORD_BITS, pack_fields, payload_words
 from vllm_spectral.codec.rotation import eigenbasis, hadamard_basis, rotate
 from vllm_spectral.profile.schema import LayerProfile
 from vllm_spectral.stats.moments import LayerMoments
@@ -81,7 +81,33 @@ def hadamard_layer(num_heads: int, head_dim: int, slot_bytes: int, seed: int) ->
 
 def _share(key_cost: Tensor, value_cost: Tensor, slot_bytes: int) -> tuple[Tensor, Tensor]:
     """Bits of keys and values, ``[num_heads, head_dim]`` uint8 each, from one budget per head."""
-    cost = torch.cat([key_cost.double(), value_cost.double()], dim=-1)
-    bits = torch.stack([water_fill(row, payload_bits(slot_bytes)) for row in cost]).to(torch.uint8)
-    key_bits, value_bits = bits.chunk(2, dim=-1)
-    return key_bits.contiguous(), value_bits.contiguous()
+    shares = [
+        _share_head(k.double(), v.double(), payload_words(slot_bytes))
+        for k, v in zip(key_cost, value_cost, strict=True)
+    ]
+    key_bits, value_bits = (torch.stack(bits).to(torch.uint8) for bits in zip(*shares, strict=True))
+    return key_bits, value_bits
+
+
+def _share_head(key_cost: Tensor, value_cost: Tensor, num_words: int) -> tuple[Tensor, Tensor]:
+    """Bits of one head: the number of key words is tried around what joint water-filling would give the keys."""
+    joint = water_fill(torch.cat([key_cost, value_cost]), WORD_BITS * num_words)
+    guess = int(joint[: len(key_cost)].sum()) // (2 * WORD_BITS)
+    best: tuple[float, Tensor, Tensor] | None = None
+    for pairs in range(max(guess - 1, 1), min(guess + 2, (num_words - 1) // 2) + 1):
+        # A pair of channels shares its width, and a pair of words: a bit of the pair costs one bit in each.
+        key_bits = _fill_words(key_cost.view(-1, 2).sum(-1), pairs).repeat_interleave(2)
+        value_bits = _fill_words(value_cost, num_words - 2 * pairs)
+        error = remaining_error(key_cost, key_bits) + remaining_error(value_cost, value_bits)
+        if best is None or error < best[0]:
+            best = error, key_bits, value_bits
+    assert best is not None
+    return best[1], best[2]
+
+
+def _fill_words(cost: Tensor, num_words: int) -> Tensor:
+    """The best ``[n]`` bits whose fields pack into so many words."""
+    budget = WORD_BITS * num_words
+    while pack_fields((bits := water_fill(cost, budget)).tolist()).num_words > num_words:
+        budget -= 1
+    return bits

@@ -4,6 +4,8 @@ A rotated channel, divided by its standard deviation and by the token's scale, i
 The Lloyd-Max conditions (S. P. Lloyd, "Least squares quantization in PCM", 1982; J. Max, 1960) say that each
 level is the mean of its cell and each boundary the midpoint of its two levels; for the normal density both
 have closed forms in the error function.
+
+Levels are rounded to bf16, so that a kernel which multiplies in bf16 reads exactly what the reference reads.
 """
 
 from __future__ import annotations
@@ -15,12 +17,8 @@ import torch
 from torch import Tensor
 
 MAX_BITS = 8
-"""Most bits one channel may take; a codebook of ``b`` bits has ``2 ** b`` levels."""
-
-CELLS = 4096
-"""Cells of the quantization table; the narrowest step of the widest codebook spans eight of them."""
-CELL_RANGE = 4.5
-"""Beyond it every codebook is at its outermost level."""
+"""Most bits one channel may take; a codebook of ``b`` bits has ``2 ** b`` levels. Six are what two vector registers hold
+as a lookup table; the error they leave is a thousandth of the channel's variance."""
 
 
 @lru_cache(maxsize=1)
@@ -32,8 +30,8 @@ def normal_codebooks(iterations: int = 2000) -> Tensor:
             of many levels) is so close that few matter.
 
     Returns:
-        ``[MAX_BITS + 1, 2 ** MAX_BITS]`` float32; row ``b`` holds ``2 ** b`` rising levels, then zeros.
-        Row 0 is the single level 0.
+        ``[MAX_BITS + 1, 2 ** MAX_BITS]`` float32, each value exact in bf16; row ``b`` holds ``2 ** b`` rising levels,
+        then zeros. Row 0 is the single level 0.
     """
     table = torch.zeros(MAX_BITS + 1, 2**MAX_BITS)
     for bits in range(1, MAX_BITS + 1):
@@ -41,75 +39,69 @@ def normal_codebooks(iterations: int = 2000) -> Tensor:
         quantile = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         levels = math.sqrt(3.0) * torch.special.ndtri(quantile)
         for _ in range(iterations):
-            edges = boundaries(levels)
-            inf = torch.tensor([math.inf], dtype=torch.float64)
-            low, high = torch.cat([-inf, edges]), torch.cat([edges, inf])
-            mass = torch.special.ndtr(high) - torch.special.ndtr(low)
-            moment = (torch.exp(-0.5 * low * low) - torch.exp(-0.5 * high * high)) / math.sqrt(2 * math.pi)
+            mass, moment = _cells(midpoints(levels))
             levels = torch.where(mass > 1e-300, moment / mass, levels)
         levels = (levels - levels.flip(0)) / 2
-        table[bits, :count] = levels.float()
+        table[bits, :count] = levels.bfloat16().float()
     return table
 
 
 class Codebooks:
-    """Codebooks with the tables that quantize by lookup.
-
-    The range ``[-CELL_RANGE, CELL_RANGE)`` is cut into :data:`CELLS` equal cells, and all values in a cell get the code
-    that is nearest to its center: one table lookup for any bit width, and a definition that a kernel can meet exactly.
+    """The codebooks of a profile.
 
     Args:
         levels: ``[MAX_BITS + 1, 2 ** MAX_BITS]`` float32, as :func:`normal_codebooks` lays them out.
+
+    Attributes:
+        levels: the same.
+        boundaries: ``[MAX_BITS + 1, 2 ** MAX_BITS]`` float32; row ``b`` holds the ``2 ** b - 1`` midpoints between
+            neighbouring levels, then infinity.
     """
 
     def __init__(self, levels: Tensor) -> None:
         self.levels = levels
-        center = (torch.arange(CELLS) + 0.5) * (2 * CELL_RANGE / CELLS) - CELL_RANGE
-        self._cell_codes = torch.stack(
-            [torch.bucketize(center, boundaries(levels[bits, : 2**bits])) for bits in range(MAX_BITS + 1)]
-        )
-        self._cell_levels = levels.gather(1, self._cell_codes)
+        self.boundaries = torch.full_like(levels, torch.inf)
+        for bits in range(1, levels.shape[0]):
+            self.boundaries[bits, : 2**bits - 1] = midpoints(levels[bits, : 2**bits])
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of the tables."""
-        return sum(t.numel() * t.element_size() for t in (self.levels, self._cell_codes, self._cell_levels))
+        return sum(t.numel() * t.element_size() for t in (self.levels, self.boundaries))
 
-    def nearest_levels(self, values: Tensor, bits: Tensor) -> Tensor:
-        """The level each value is stored as.
+    def nearest_codes(self, values: Tensor, bits: Tensor) -> Tensor:
+        """The code of the nearest level: how many boundaries lie below the value.
 
         Args:
             values: ``[..., num_heads, head_dim]`` float32, in units of the codebook.
             bits: ``[num_heads, head_dim]`` int64.
 
         Returns:
-            ``[..., num_heads, head_dim]`` float32.
+            ``[..., num_heads, head_dim]`` int32.
         """
-        return self._cell_levels.flatten()[self._cells(values, bits)]
-
-    def nearest_codes(self, values: Tensor, bits: Tensor) -> Tensor:
-        """The code each value is stored as, int64; shapes as :meth:`nearest_levels`."""
-        return self._cell_codes.flatten()[self._cells(values, bits)]
+        codes = torch.zeros(values.shape, dtype=torch.int32)
+        for width in sorted(set(bits.flatten().tolist())):
+            if width:
+                where = bits == width
+                edges = self.boundaries[width, : 2**width - 1]
+                codes[..., where] = torch.bucketize(values[..., where], edges, out_int32=True)
+        return codes
 
     def levels_of(self, codes: Tensor, bits: Tensor) -> Tensor:
         """The levels of codes: ``[..., num_heads, head_dim]`` int to float32."""
         return self.levels.flatten()[bits * self.levels.shape[1] + codes]
 
-    @staticmethod
-    def _cells(values: Tensor, bits: Tensor) -> Tensor:
-        cell = ((values + CELL_RANGE) * (CELLS / (2 * CELL_RANGE))).clamp(0, CELLS - 1).long()
-        return cell.add_(bits * CELLS)
+
+def _cells(edges: Tensor) -> tuple[Tensor, Tensor]:
+    """Mass and first moment of the unit normal in the cells between edges, ``[n]`` float64 to ``[n + 1]`` each."""
+    inf = torch.tensor([math.inf], dtype=torch.float64)
+    low, high = torch.cat([-inf, edges]), torch.cat([edges, inf])
+    mass = torch.special.ndtr(high) - torch.special.ndtr(low)
+    return mass, (torch.exp(-0.5 * low * low) - torch.exp(-0.5 * high * high)) / math.sqrt(2 * math.pi)
 
 
-def boundaries(levels: Tensor) -> Tensor:
-    """Decision boundaries of rising levels: the midpoints.
-
-    Args:
-        levels: ``[num_levels]`` float, rising.
-
-    Returns:
-        ``[num_levels - 1]``, same dtype.
-    """
+def midpoints(levels: Tensor) -> Tensor:
+    """Decision boundaries of rising levels: ``[n]`` float to ``[n - 1]``."""
     return (levels[1:] + levels[:-1]) / 2
 
 
@@ -123,8 +115,7 @@ def normal_distortion() -> tuple[float, ...]:
     result = [1.0]
     for bits in range(1, MAX_BITS + 1):
         levels = normal_codebooks()[bits, : 2**bits].double()
-        edges = torch.special.ndtr(boundaries(levels))
-        mass = torch.diff(edges, prepend=torch.zeros(1).double(), append=torch.ones(1).double())
-        # At the Lloyd-Max optimum every level is its cell's mean, so E[(x - q)^2] = E[x^2] - E[q^2].
-        result.append(1.0 - float((mass * levels * levels).sum()))
+        mass, moment = _cells(midpoints(levels))
+        # E[(x - q)^2] with E[x^2] = 1. Rounded levels are no longer quite their cells' means.
+        result.append(1.0 - float((2 * levels * moment - levels * levels * mass).sum()))
     return tuple(result)

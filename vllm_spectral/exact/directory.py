@@ -10,8 +10,6 @@ can be taken away at any moment, since the compressed page has every token.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +20,9 @@ from torch import Tensor
 from vllm_spectral.exact.window import ExactWindow, group_tokens
 
 Indices = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+_MOST_REQUESTS = 1 << 20
+"""More than vLLM runs at once: what separates one rank of importance from the next when ranks are sorted."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,20 @@ class StepPlan:
     Attributes:
         write_tokens: ``[n]`` int64, tokens of the step that get a copy.
         write_rows: ``[n]`` int64, the pool rows they go to.
-        positions: per request ``[m]`` int64, earlier positions that have a copy and may be read.
-        rows: per request ``[m]`` int64, the pool rows they are in.
+        positions: ``[num_requests, first + recent]`` int64: positions 0 to ``first``, then ``recent`` positions up to the
+            request's first token of the step (from position 0 on if there are fewer).
+        rows: the same shape, int32: the pool rows of those that have a copy and may be read; -1 for all others.
     """
 
     write_tokens: Tensor
     write_rows: Tensor
-    positions: tuple[Tensor, ...]
-    rows: tuple[Tensor, ...]
+    positions: Tensor
+    rows: Tensor
+
+    def found(self, request: int) -> tuple[Tensor, Tensor]:
+        """Rising positions of one request that have a copy, and their rows, ``[m]`` int64 each."""
+        there = self.rows[request] >= 0
+        return self.positions[request][there], self.rows[request][there].long()
 
 
 @dataclass
@@ -75,15 +82,16 @@ class ExactDirectory:
         self.group_tokens = group_tokens(block_size)
         self.counters = ExactCounters()
         self._groups_per_block = block_size // self.group_tokens
-        self._entry: OrderedDict[int, int] = OrderedDict()  # group -> entry, least recently used first
-        self._entry_of = np.full(1, -1, dtype=np.int64)  # the same by group, for looking up many at once
-        self._free = list(range(num_entries - 1, -1, -1))
+        self._entry_of = np.full(1, -1, dtype=np.int64)  # by group; -1: none
+        self._group_of = np.full(num_entries, -1, dtype=np.int64)  # by entry
+        self._last_used = np.zeros(num_entries)
         self._held = np.zeros((num_entries, self.group_tokens), dtype=bool)
+        self._steps = 0
 
     @property
     def used_entries(self) -> int:
         """Entries assigned to a group."""
-        return len(self._entry)
+        return int((self._group_of >= 0).sum())
 
     def step(self, block_table: Indices, context_lens: Indices, query_lens: Indices, slots: Indices) -> StepPlan:
         """Assign entries for one step.
@@ -94,87 +102,97 @@ class ExactDirectory:
             query_lens: ``[num_requests]`` int, tokens of the step per request.
             slots: ``[num_tokens]`` int, where the step's tokens go; -1 for padding.
         """
-        lengths = list(zip(context_lens.tolist(), query_lens.tolist(), strict=True))
-        readable = [self._readable(context - queries if queries else 0) for context, queries in lengths]
-        for request, positions in enumerate(readable):
-            for index in np.unique(positions // self.group_tokens).tolist():
-                group = self._group(block_table, request, index)
-                if group in self._entry:
-                    self._entry.move_to_end(group)
-        self._assign(block_table, lengths)
-        write_tokens, write_rows = self._write(slots)
-        found = [self._find(block_table, request, positions) for request, positions in enumerate(readable)]
-        self.counters.wanted += sum(map(len, readable))
-        self.counters.found += sum(len(positions) for positions, _ in found)
-        return StepPlan(write_tokens, write_rows, tuple(p for p, _ in found), tuple(r for _, r in found))
+        self._steps += 1
+        before = np.where(query_lens > 0, context_lens - query_lens, 0)
+        positions, readable = self._readable(before)
+        groups = self._groups(block_table, positions // self.group_tokens, readable)
+        self._reserve(int(block_table.max(initial=0)))
+        used = self._entry_of[groups[readable]]
+        self._last_used[used[used >= 0]] = self._steps
+        self._assign(block_table, context_lens, query_lens)
+        written = self._rows(slots)
+        tokens = np.flatnonzero(written >= 0)
+        self._held.reshape(-1)[written[tokens]] = True
+        rows = np.full(positions.shape, -1, dtype=np.int32)
+        rows[readable] = self._held_rows(groups[readable], positions[readable] % self.group_tokens)
+        self.counters.wanted += int(readable.sum())
+        self.counters.found += int((rows >= 0).sum())
+        return StepPlan(*map(torch.from_numpy, (tokens, written[tokens], positions, rows)))
 
-    def _readable(self, before: int) -> Indices:
-        """Earlier positions that the step's queries may read exactly, given how many tokens precede the first query."""
-        first = min(self.window.first, before)
-        recent = max(before - max(self.window.recent - 1, 0), first)
-        return np.concatenate([np.arange(first), np.arange(recent, before)])
+    def _readable(self, before: Indices) -> tuple[Indices, Mask]:
+        """The table of positions, and which of them the step's queries may read, given how many tokens precede them."""
+        first, recent = self.window.first, self.window.recent
+        start = np.maximum(before - recent, 0)[:, None] + np.arange(recent)
+        leading = np.broadcast_to(np.arange(first), (len(before), first))
+        newest = (start >= first) & (start < before[:, None]) & (start > before[:, None] - recent)
+        return np.concatenate([leading, start], axis=1), np.concatenate([leading < before[:, None], newest], axis=1)
 
-    def _group(self, block_table: Indices, request: int, index: int) -> int:
-        """Group that holds a request's tokens from ``index * group_tokens`` on."""
-        block, offset = divmod(index, self._groups_per_block)
-        return int(block_table[request, block]) * self._groups_per_block + offset
+    def _groups(self, block_table: Indices, index: Indices, valid: Mask) -> Indices:
+        """Groups that hold the tokens from ``index * group_tokens`` on, ``[num_requests, n]``; 0 where not valid."""
+        index = np.where(valid, index, 0)
+        block = np.take_along_axis(block_table, index // self._groups_per_block, axis=1).astype(np.int64)
+        return block * self._groups_per_block + index % self._groups_per_block
 
-    def _ranked(self, block_table: Indices, lengths: list[tuple[int, int]]) -> Iterator[tuple[int, int, int, bool]]:
-        """``(rank, request, group, written in this step)`` of every group to be kept after the step."""
-        size = self.group_tokens
-        for request, (context, queries) in enumerate(lengths):
-            if not queries:
-                continue
-            first = -(-min(self.window.first, context) // size)
-            oldest = max((context - self.window.kept) // size, first, 0) if self.window.kept else -(-context // size)
-            newest = (context - 1) // size
-            for index in (*range(first), *range(oldest, newest + 1)):
-                rank = -1 if index < first else newest - index
-                group = self._group(block_table, request, index)
-                yield rank, request, group, (index + 1) * size > context - queries
+    def _reserve(self, block: int) -> None:
+        """Have room for the groups of blocks up to this one."""
+        need = (block + 1) * self._groups_per_block
+        if need > len(self._entry_of):
+            self._entry_of = np.pad(self._entry_of, (0, 2 * need - len(self._entry_of)), constant_values=-1)
 
-    def _assign(self, block_table: Indices, lengths: list[tuple[int, int]]) -> None:
-        wanted: dict[int, None] = {}
-        for _, _, group, written in sorted(self._ranked(block_table, lengths)):
-            # A group that lost its copies before this step cannot get them back, and claims nothing.
-            if written or group in self._entry:
-                wanted.setdefault(group)
-        kept = list(wanted)[: self.num_entries]
-        for group in reversed(kept):
-            if group in self._entry:
-                self._entry.move_to_end(group)
-        for group in kept:
-            if group in self._entry:
-                continue
-            if self._free:
-                entry = self._free.pop()
-            else:
-                # All kept groups are newer in the order than any other, so the oldest is never one of them.
-                old, entry = self._entry.popitem(last=False)
-                self._entry_of[old] = -1
-                self.counters.evicted += 1
-            self._entry[group] = entry
-            if group >= len(self._entry_of):
-                self._entry_of = np.pad(self._entry_of, (0, group + 1), constant_values=-1)
-            self._entry_of[group] = entry
-            self._held[entry] = False
+    def _wanted(self, block_table: Indices, context_lens: Indices, query_lens: Indices) -> Indices:
+        """Groups to be kept after the step, the most important first."""
+        size, kept = self.group_tokens, self.window.kept
+        leading = -(-np.minimum(self.window.first, context_lens) // size)
+        newest = (context_lens - 1) // size
+        oldest = np.maximum(np.maximum(context_lens - kept, 0) // size, leading) if kept else newest + 1
+        spread = int((newest - oldest).max(initial=-1)) + 1
+        most = int(leading.max(initial=0))
+        index = np.concatenate(
+            [np.broadcast_to(np.arange(most), (len(leading), most)), newest[:, None] - np.arange(spread)], axis=1
+        )
+        rank = np.concatenate([np.full(most, -1), np.arange(spread)])
+        valid = np.concatenate([index[:, :most] < leading[:, None], index[:, most:] >= oldest[:, None]], axis=1)
+        valid &= query_lens[:, None] > 0
+        groups = self._groups(block_table, index, valid)
+        # A group that lost its copies before this step cannot get them back, and claims nothing.
+        valid &= ((index + 1) * size > (context_lens - query_lens)[:, None]) | (self._entry_of[groups] >= 0)
+        order = np.argsort((rank * _MOST_REQUESTS + np.arange(len(leading))[:, None])[valid], kind="stable")
+        ranked = groups[valid][order]
+        _, first_seen = np.unique(ranked, return_index=True)
+        unique: Indices = ranked[np.sort(first_seen)]
+        return unique[: self.num_entries]
 
-    def _write(self, slots: Indices) -> tuple[Tensor, Tensor]:
-        rows = self._rows(slots)
-        tokens = np.flatnonzero(rows >= 0)
-        self._held.reshape(-1)[rows[tokens]] = True
-        return torch.from_numpy(tokens), torch.from_numpy(rows[tokens])
+    def _assign(self, block_table: Indices, context_lens: Indices, query_lens: Indices) -> None:
+        wanted = self._wanted(block_table, context_lens, query_lens)
+        entry = self._entry_of[wanted]
+        # Above all that was only read; of these, the more important are the later to go.
+        use = self._steps + 1 - np.arange(len(wanted)) / (len(wanted) + 1)
+        had = entry >= 0
+        self._last_used[entry[had]] = use[had]
+        missing = wanted[~had]
+        if not len(missing):
+            return
+        # Free entries have never been used or are the oldest; no wanted group's entry is among the oldest.
+        age = np.where(self._group_of < 0, -1.0, self._last_used)
+        taken = (
+            np.argpartition(age, len(missing) - 1)[: len(missing)] if len(missing) < len(age) else np.arange(len(age))
+        )
+        old = self._group_of[taken]
+        self._entry_of[old[old >= 0]] = -1
+        self.counters.evicted += int((old >= 0).sum())
+        self._entry_of[missing] = taken
+        self._group_of[taken] = missing
+        self._last_used[taken] = use[~had]
+        self._held[taken] = False
 
-    def _find(self, block_table: Indices, request: int, positions: Indices) -> tuple[Tensor, Tensor]:
-        block, offset = np.divmod(positions, self.block_size)
-        rows = self._rows(block_table[request, block].astype(np.int64) * self.block_size + offset)
-        there = rows >= 0
-        there[there] = self._held.reshape(-1)[rows[there]]
-        return torch.from_numpy(positions[there]), torch.from_numpy(rows[there])
+    def _held_rows(self, groups: Indices, offset: Indices) -> Indices:
+        """Pool rows of tokens that have a copy, -1 for others."""
+        entry = self._entry_of[groups]
+        held = (entry >= 0) & self._held[entry, offset]
+        return np.where(held, entry * self.group_tokens + offset, -1)
 
     def _rows(self, slots: Indices) -> Indices:
         """Pool rows of slots; -1 for a slot without an entry and for padding."""
         group, offset = np.divmod(slots, self.group_tokens)
-        known = (group >= 0) & (group < len(self._entry_of))
-        entry = np.where(known, self._entry_of[np.where(known, group, 0)], -1)
+        entry = np.where(group >= 0, self._entry_of[np.maximum(group, 0)], -1)
         return np.where(entry >= 0, entry * self.group_tokens + offset, -1)

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vllm_spectral.codec.codebook import boundaries, normal_codebooks
+from vllm_spectral.codec.codebook import midpoints, normal_codebooks
 from vllm_spectral.codec.rotation import hadamard_basis, hadamard_matrix, rotate, unrotate
 from vllm_spectral.errors import ConfigError
 
@@ -61,7 +61,7 @@ class TurboQuant:
         basis = hadamard_matrix(head_dim).float().expand(num_heads, -1, -1)
         norm = keys.norm(dim=-1, keepdim=True)
         levels = normal_codebooks()[self.key_bits, : 2**self.key_bits] / math.sqrt(head_dim)
-        rotated = levels[torch.bucketize(rotate(keys / (norm + 1e-8), basis).contiguous(), boundaries(levels))]
+        rotated = levels[torch.bucketize(rotate(keys / (norm + 1e-8), basis).contiguous(), midpoints(levels))]
         unit = rotated / rotated.norm(dim=-1, keepdim=True).clamp_min(1e-8)
         restored_keys = unrotate(_half(norm) * unit, basis)
         low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)

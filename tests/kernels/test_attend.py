@@ -1,0 +1,94 @@
+"""The attend kernel against the float64 reference, over the same bytes, on every instruction set."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.conftest import ISAS, Step, codec_of, kernels
+from tests.tolerances import KERNEL_BF16, KERNEL_FLOAT
+
+SHAPES = [
+    (3, 64, 3.0, 3),
+    (1, 128, 4.0, 4),
+    (2, 32, 4.5, 1),
+    (2, 80, 2.5, 7),
+    (1, 256, 3.0, 2),
+    (2, 96, 6.0, 5),
+    (1, 64, 1.5, 71),
+]
+
+
+def agree(step: Step, isa: str, exact: bool) -> None:
+    found, expected = step.native(kernels(isa), exact), step.reference(exact)
+    assert torch.isfinite(found).all()
+    tolerance = KERNEL_BF16 if isa.endswith("bf16") else KERNEL_FLOAT
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("heads", "dim", "bits", "group"), SHAPES)
+def test_every_shape(heads: int, dim: int, bits: float, group: int, isa: str, exact: bool) -> None:
+    agree(Step(codec_of(heads, dim, bits), group, [700, 33, 1, 64, 515], [1, 33, 1, 2, 40]), isa, exact)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(data=st.data())
+@settings(max_examples=15)
+def test_any_batch(isa: str, data: st.DataObject) -> None:
+    """Odd lengths, empty requests, windows larger than contexts, copies that are gone, blocks of several groups."""
+    contexts = data.draw(st.lists(st.integers(1, 600), min_size=1, max_size=4))
+    queries = [data.draw(st.sampled_from(sorted({0, 1, min(3, c), c // 2, c}))) for c in contexts]
+    if not sum(queries):
+        queries[0] = 1
+    step = Step(
+        codec_of(2, 64, 3.0), data.draw(st.integers(1, 9)), contexts, queries, seed=data.draw(st.integers(0, 1000)),
+        block=data.draw(st.sampled_from([32, 64, 128])), copied_share=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+        dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        first=data.draw(st.sampled_from([0, 4, 40])), recent=data.draw(st.sampled_from([0, 1, 64, 300])),
+    )  # fmt: skip
+    agree(step, isa, exact=True)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_cut_of_a_prompt_and_the_batch_change_no_bit(isa: str, exact: bool) -> None:
+    """One request whole, in pieces, token by token at its end, and beside others: the same operations in the same order."""
+    context, codec = 1500, codec_of(2, 64, 3.0)
+    whole = Step(codec, 3, [context], [context], copied_share=1.0)
+    expected = whole.native(kernels(isa), exact)
+    cuts = [0, 1, 7, 300, 512, 1024, 1497, 1498, 1499, 1500]
+    for low, high in itertools.pairwise(cuts):
+        part = Step(codec, 3, [high], [high - low], copied_share=1.0)
+        part.sequences[0].keys, part.sequences[0].values = (
+            whole.sequences[0].keys[:high],
+            whole.sequences[0].values[:high],
+        )
+        part.sequences[0].blocks, part.pages = whole.sequences[0].blocks, whole.pages
+        part.query = whole.query[low:high]
+        assert torch.equal(part.native(kernels(isa), exact), expected[low:high])
+        batch = Step(codec, 3, [high, 200], [high - low, 3], copied_share=1.0)
+        offset = len(whole.pages)
+        batch.sequences[0] = part.sequences[0]
+        batch.sequences[1].blocks = batch.sequences[1].blocks + offset
+        batch.pages = torch.cat([whole.pages, batch.pages])
+        batch.query = torch.cat([part.query, batch.query[high - low :]])
+        assert torch.equal(batch.native(kernels(isa), exact)[: high - low], expected[low:high])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_threads_change_no_bit(isa: str) -> None:
+    step, threads = Step(codec_of(2, 64, 3.0), 3, [3000, 100], [1, 30]), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(step.native(kernels(isa), exact=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, found[0]) for one in found)

@@ -1,0 +1,215 @@
+"""One layer's codec, handed to the native kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_spectral.codec.codebook import MAX_BITS
+from vllm_spectral.codec.layout import FIELDS_START, VECTOR_BYTES
+from vllm_spectral.codec.quantizer import (
+    FALLBACK_GAIN,
+    FALLBACK_SLACK,
+    NUM_SCALES,
+    SCALE_SEARCH,
+    LayerCodec,
+    VectorCoding,
+)
+from vllm_spectral.errors import KernelError
+from vllm_spectral.kernels.library import AttendCall, CodingSpec, LayerSpec, Library, Pages, Rows, StoreCall, library
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LANES = 16
+_MOST_SCALES = 8
+"""Scales that a kernel tries at once, one per lane, for two tokens."""
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The requests of one step, the same for all layers.
+
+    Attributes:
+        block_table: ``[num_requests, max_blocks]`` int32, physical blocks in order.
+        query_start: ``[num_requests + 1]`` int32, first token of each request in the step, and the end.
+        context_lens: ``[num_requests]`` int32, tokens after the step, the queries included.
+    """
+
+    block_table: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What a step writes into the pool of exact copies, and may then read from it.
+
+    Attributes:
+        keys, values: ``[entries, num_heads, group_tokens, head_dim]`` bf16, the pool; row ``r`` is token ``r % group_tokens``
+            of entry ``r // group_tokens``.
+        write_tokens, write_rows: ``[n]`` int64, tokens of the step to be copied before anything is read, and their rows.
+        rows: ``[num_requests, first + recent]`` int32: the rows of positions 0 to ``first``, then of the ``recent``
+            positions before the request's tokens of this step (from position 0 on if there are fewer); -1 without a copy.
+        first, recent: a query at ``p`` reads ``j`` exactly if ``j < first`` or ``p - j < recent``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    write_tokens: Tensor
+    write_rows: Tensor
+    rows: Tensor
+    first: int
+    recent: int
+
+
+class Workspace:
+    """Scratch of the attend kernel, shared by all layers of a process: they run one after another."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated."""
+        return self._buffer.numel()
+
+    @property
+    def address(self) -> int:
+        """Where it lies."""
+        return self._buffer.data_ptr()
+
+    def grow(self, num_bytes: int) -> None:
+        """Make room for at least so many bytes."""
+        self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
+
+
+WORKSPACE = Workspace()
+
+
+class NativeLayer:
+    """The kernels of one layer.
+
+    Args:
+        codec: the layer's codec.
+        lib: the kernels; default: the best for this machine.
+
+    Raises:
+        KernelError: for a head size that the kernels do not serve.
+    """
+
+    def __init__(self, codec: LayerCodec, lib: Library | None = None) -> None:
+        self._lib = lib or library()
+        layout = codec.layout
+        if layout.head_dim % _LANES:
+            raise KernelError(f"the kernels serve head sizes that are multiples of {_LANES}, not {layout.head_dim}")
+        assert len(SCALE_SEARCH) <= _MOST_SCALES and SCALE_SEARCH.step == 1
+        keep: list[Tensor] = []
+
+        def pointer(tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
+            keep.append(tensor.to(dtype).contiguous())
+            return keep[-1].data_ptr()
+
+        def coding(part: VectorCoding) -> CodingSpec:
+            integers = []
+            for table in (part.spectral, part.flat):
+                integers += [
+                    pointer(t, torch.int32) for t in (table.bits, table.vector * VECTOR_BYTES, table.vector_shift)
+                ]
+            needed = part.flat_distortion * FALLBACK_SLACK
+            floats = (part.basis, part.center, part.width, part.flat_width, needed)
+            return CodingSpec(*map(pointer, floats), *integers)
+
+        starts = torch.full((layout.num_heads,), FIELDS_START)
+        spec = LayerSpec(
+            layout.num_heads, layout.head_dim, layout.slot_bytes, MAX_BITS, coding(codec.keys), coding(codec.values),
+            pointer(starts, torch.int32), pointer(layout.key_half_bytes, torch.int32),
+            pointer(layout.value_start, torch.int32), pointer(codec.codebooks.levels), pointer(codec.codebooks.boundaries),
+            pointer(codec.scales), pointer(codec.inverse_scales), pointer(codec.scale_bounds), SCALE_SEARCH.start,
+            len(SCALE_SEARCH), FALLBACK_GAIN,
+        )  # fmt: skip
+        assert len(codec.scales) == NUM_SCALES
+        self._handle: int = self._lib.layer_create(ctypes.byref(spec))
+        weakref.finalize(self, self._lib.layer_destroy, self._handle)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._lib.isa
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that the kernels keep for this layer, beside the codec's."""
+        return int(self._lib.layer_bytes(self._handle))
+
+    def store(self, keys: Tensor, values: Tensor, pages: Tensor, slot_mapping: Tensor) -> None:
+        """Compress new tokens into their pages: the bytes that ``LayerCodec.encode`` and ``SlotLayout.write`` would write.
+
+        Args:
+            keys, values: ``[num_tokens, num_heads, head_dim]``, float32, bfloat16 or float16.
+            pages: ``[num_blocks, num_heads, block_size, slot_bytes]`` uint8.
+            slot_mapping: ``[num_tokens]`` int64, negative: padding.
+        """
+        slot_mapping = slot_mapping.long()
+        call = StoreCall(
+            _rows(keys), _rows(values), _pages(pages), slot_mapping.data_ptr(), slot_mapping.shape[0],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        self._lib.store(self._handle, ctypes.byref(call))
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        pages: Tensor,
+        requests: Requests,
+        output: Tensor,
+        scale: float,
+        copies: Copies | None = None,
+        *,
+        soft_cap: float = 0.0,
+        window: int = 0,
+    ) -> None:
+        """Causal attention of one step's tokens over their contexts; what ``paged_attention`` computes.
+
+        Args:
+            query, output: ``[num_tokens, num_query_heads, head_dim]``, float32, bfloat16 or float16.
+            keys, values: ``[num_tokens, num_heads, head_dim]``, the step's own, read only where ``copies`` says so.
+            pages: ``[num_blocks, num_heads, block_size, slot_bytes]`` uint8, the step's tokens stored already.
+            requests: the step's requests.
+            scale: factor of the scores.
+            copies: what is read exactly; None: nothing.
+            soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0: they do not.
+            window: how many tokens up to its own a query sees; 0: all.
+        """
+        call = AttendCall(
+            _rows(query), _rows(keys), _rows(values), _rows(output), _pages(pages),
+            requests.block_table.data_ptr(), requests.block_table.stride(0), requests.query_start.data_ptr(),
+            requests.context_lens.data_ptr(), requests.context_lens.shape[0], query.shape[1],
+            0, 0, 0, None, None, 0, None, None, 0, None, scale, soft_cap, window, torch.get_num_threads(),
+            WORKSPACE.address, WORKSPACE.num_bytes,
+        )  # fmt: skip
+        if copies is not None:
+            call.exact_on, call.first, call.recent = 1, copies.first, copies.recent
+            call.copy_keys, call.copy_values = copies.keys.data_ptr(), copies.values.data_ptr()
+            group = copies.keys.shape[2]
+            assert group.bit_count() == 1, "groups are a power of two: they divide 8"
+            call.copy_shift, call.num_writes = group.bit_length() - 1, copies.write_rows.shape[0]
+            call.write_tokens, call.write_rows = copies.write_tokens.data_ptr(), copies.write_rows.data_ptr()
+            call.exact_rows = copies.rows.data_ptr()
+        needed = self._lib.attend(self._handle, ctypes.byref(call))
+        if needed:
+            WORKSPACE.grow(needed)
+            call.workspace, call.workspace_bytes = WORKSPACE.address, WORKSPACE.num_bytes
+            self._lib.attend(self._handle, ctypes.byref(call))
+
+
+def _rows(tensor: Tensor) -> Rows:
+    return Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), _DTYPES[tensor.dtype])
+
+
+def _pages(pages: Tensor) -> Pages:
+    return Pages(pages.data_ptr(), pages.stride(0), pages.stride(1), pages.shape[2])

@@ -1,0 +1,182 @@
+// What a kernel needs to know of one layer: a copy of the caller's description, and tables derived from it.
+#pragma once
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "abi.h"
+
+namespace vs {
+
+constexpr int kGroup = 32;        // tokens transposed together
+constexpr int kHalf = 16;         // tokens per vector of key words
+constexpr int kVectorBytes = 64;  // one vector of words
+constexpr int kScales = 128;
+constexpr uint8_t kFlat = 0x80;  // flag of a scale byte
+constexpr int kValueScales = kGroup;  // byte of a group where the values' scales start; the keys' start at 0
+
+// Zeroed 64-byte aligned array.
+template <typename T>
+class Array {
+ public:
+  explicit Array(size_t count = 0) : count_(count) {
+    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+    data_.reset(bytes ? static_cast<T*>(aligned_alloc(64, bytes)) : nullptr);
+    if (bytes) memset(static_cast<void*>(data_.get()), 0, bytes);
+  }
+  Array(const T* from, size_t count) : Array(count) { memcpy(data_.get(), from, count * sizeof(T)); }
+  T* get() { return data_.get(); }
+  const T* get() const { return data_.get(); }
+  T& operator[](size_t i) { return data_.get()[i]; }
+  const T& operator[](size_t i) const { return data_.get()[i]; }
+  size_t bytes() const { return count_ * sizeof(T); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { free(p); }
+  };
+  size_t count_;
+  std::unique_ptr<T, Free> data_;
+};
+
+struct Field {
+  int32_t offset, shift, bits, channel;
+  const uint32_t* pairs;  // levels of its codes as bf16, by 16-bit index; see Layer
+  const float* levels;
+};
+
+// Pairs of channels of a key that have bits; narrow ones, whose levels fit one vector register, first.
+struct KeyPairs {
+  std::vector<Field> fields;  // channel: of the pair, counting pairs
+  int64_t narrow = 0;
+};
+
+constexpr int kNarrow = 5;  // widest codes whose levels fit one vector register
+
+struct Coding {
+  Array<double> basis;  // [H, D, D]: float32 widened once, so that products accumulate in double without conversions
+  Array<float> turned;  // [H, D, D]: the basis, transposed if turn says so; attention rotates in float32
+  Array<float> center, width, inverse_width, flat_width, inverse_flat_width;  // [H, D]
+  Array<float> inverse_stored, inverse_flat_stored;  // [H]: 1 / number of channels with bits
+  Array<float> flat_needed;                          // [H]
+  std::vector<std::vector<Field>> fields, flat;                               // per head, in the order of channels
+
+  Coding(const CodingSpec& spec, int64_t heads, int64_t dim, bool turn)
+      : basis(heads * dim * dim),
+        turned(heads * dim * dim),
+        center(spec.center, heads * dim),
+        width(spec.width, heads * dim),
+        inverse_width(heads * dim),
+        flat_width(spec.flat_width, heads * dim),
+        inverse_flat_width(heads * dim),
+        inverse_stored(heads),
+        inverse_flat_stored(heads),
+        flat_needed(spec.flat_needed, heads) {
+    for (int64_t i = 0; i < heads * dim * dim; i++) {
+      basis[i] = spec.basis[i];
+      const int64_t head = i / (dim * dim), row = i / dim % dim, column = i % dim;
+      turned[turn ? (head * dim + column) * dim + row : i] = spec.basis[i];
+    }
+    for (int64_t i = 0; i < heads * dim; i++) {
+      inverse_width[i] = 1.0f / width[i];
+      inverse_flat_width[i] = 1.0f / flat_width[i];
+    }
+    for (int64_t head = 0; head < heads; head++) {
+      const int64_t at = head * dim;
+      fields.push_back(list(spec.bits + at, spec.offset + at, spec.shift + at, dim, &inverse_stored[head]));
+      flat.push_back(list(spec.flat_bits + at, spec.flat_offset + at, spec.flat_shift + at, dim, &inverse_flat_stored[head]));
+    }
+  }
+
+  size_t bytes() const {
+    size_t total = basis.bytes() + turned.bytes() + center.bytes() + width.bytes() + inverse_width.bytes() +
+                   flat_width.bytes() + inverse_flat_width.bytes() + inverse_stored.bytes() + inverse_flat_stored.bytes() + flat_needed.bytes();
+    for (const auto& head : fields) total += head.size() * sizeof(Field);
+    for (const auto& head : flat) total += head.size() * sizeof(Field);
+    return total;
+  }
+
+ private:
+  static std::vector<Field> list(const int32_t* bits, const int32_t* offset, const int32_t* shift, int64_t dim, float* inverse) {
+    std::vector<Field> result;
+    int stored = 0;
+    for (int64_t c = 0; c < dim; c++) {
+      result.push_back({offset[c], shift[c], bits[c], static_cast<int32_t>(c), nullptr, nullptr});
+      stored += bits[c] > 0;
+    }
+    *inverse = 1.0f / static_cast<float>(stored > 1 ? stored : 1);
+    return result;
+  }
+};
+
+}  // namespace vs
+
+struct Layer {
+  int64_t heads, dim, slot_bytes, max_bits;
+  vs::Coding keys, values;
+  std::vector<int32_t> key_start, key_half, value_start;
+  std::vector<vs::KeyPairs> key_pairs;  // per head
+  vs::Array<float> levels, boundaries;  // [max_bits + 1][row]
+  int64_t row;                          // floats per row of the two
+  vs::Array<uint32_t> pair_tables;      // [max_bits + 1][pair_row]: bf16 levels by 16-bit index, see attend
+  vs::Array<float> scales, inverse_scales, scale_bounds;
+  int64_t search_first, search_count;
+  float fallback_gain;
+
+  explicit Layer(const LayerSpec& spec)
+      : heads(spec.num_heads),
+        dim(spec.head_dim),
+        slot_bytes(spec.slot_bytes),
+        max_bits(spec.max_bits),
+        keys(spec.keys, heads, dim, false),
+        values(spec.values, heads, dim, true),
+        key_start(spec.key_start, spec.key_start + heads),
+        key_half(spec.key_half, spec.key_half + heads),
+        value_start(spec.value_start, spec.value_start + heads),
+        levels(spec.levels, (max_bits + 1) << max_bits),
+        boundaries(spec.boundaries, (max_bits + 1) << max_bits),
+        row(1 << max_bits),
+        pair_tables((max_bits + 1) * pair_row()),
+        scales(spec.scales, vs::kScales),
+        inverse_scales(spec.inverse_scales, vs::kScales),
+        scale_bounds(spec.scale_bounds, vs::kScales - 1),
+        search_first(spec.search_first),
+        search_count(spec.search_count),
+        fallback_gain(spec.fallback_gain) {
+    for (vs::Coding* coding : {&keys, &values})
+      for (auto* lists : {&coding->fields, &coding->flat})
+        for (auto& list : *lists)
+          for (vs::Field& field : list) {
+            field.pairs = pair_tables.get() + field.bits * pair_row();
+            field.levels = levels.get() + field.bits * row;
+          }
+    for (int64_t head = 0; head < heads; head++) {
+      vs::KeyPairs pairs;
+      for (const bool wide : {false, true}) {
+        for (int64_t j = 0; j < dim / 2; j++) {
+          vs::Field field = keys.fields[head][2 * j];
+          field.channel = static_cast<int32_t>(j);
+          if (field.bits && (field.bits > vs::kNarrow) == wide) pairs.fields.push_back(field);
+        }
+        if (!wide) pairs.narrow = static_cast<int64_t>(pairs.fields.size());
+      }
+      key_pairs.push_back(pairs);
+    }
+    // 16-bit entries; short tables are repeated, so that bits of neighbouring fields above an index do no harm.
+    uint16_t* table = reinterpret_cast<uint16_t*>(pair_tables.get());
+    for (int64_t bits = 0; bits <= max_bits; bits++)
+      for (int64_t i = 0; i < 2 * pair_row(); i++) {
+        uint32_t level;
+        memcpy(&level, &levels[bits * row + (i & ((1 << bits) - 1))], 4);
+        table[bits * 2 * pair_row() + i] = static_cast<uint16_t>(level >> 16);
+      }
+  }
+
+  int64_t pair_row() const { return (row > 32 ? row : 32) / 2; }  // 32-bit units
+
+  size_t bytes() const {
+    return keys.bytes() + values.bytes() + levels.bytes() + boundaries.bytes() + pair_tables.bytes() + scales.bytes() +
+           inverse_scales.bytes() + scale_bounds.bytes();
+  }
+};

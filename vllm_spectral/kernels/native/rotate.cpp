@@ -1,0 +1,24 @@
+#include "rotate.h"
+
+#include "simd.h"
+
+void rotate(const double* vectors, const double* basis, int64_t dim, float* out) {
+  for (int64_t column = 0; column < dim; column += 16) {
+    v8d low[kTogether] = {}, high[kTogether] = {};
+    for (int64_t row = 0; row < dim; row++) {
+      const v8d* at = reinterpret_cast<const v8d*>(basis + row * dim + column);
+      const v8d a = at[0], b = at[1];
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; i++) {
+        const double x = vectors[i * dim + row];
+        low[i] += a * x;
+        high[i] += b * x;
+      }
+    }
+    for (int i = 0; i < kTogether; i++) {
+      const v8f first = __builtin_convertvector(low[i], v8f), second = __builtin_convertvector(high[i], v8f);
+      memcpy(out + i * dim + column, &first, 32);
+      memcpy(out + i * dim + column + 8, &second, 32);
+    }
+  }
+}

@@ -1,0 +1,193 @@
+// Vectors of 16 lanes for every instruction set, by the compiler's vector extension where it suffices. This file is
+// compiled once per instruction set; what it finds defined decides which primitives it has.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float v16f __attribute__((vector_size(64), may_alias, aligned(64)));
+typedef int32_t v16i __attribute__((vector_size(64), may_alias, aligned(64)));
+typedef uint32_t v16u __attribute__((vector_size(64), may_alias, aligned(64)));
+typedef float v16f_u __attribute__((vector_size(64), may_alias, aligned(4)));
+typedef float v4f __attribute__((vector_size(16), may_alias, aligned(4)));
+typedef uint8_t v16b __attribute__((vector_size(16), may_alias, aligned(1)));
+typedef float v8f __attribute__((vector_size(32), may_alias, aligned(32)));
+typedef double v8d __attribute__((vector_size(64), may_alias, aligned(64)));
+
+#define VS_INLINE inline __attribute__((always_inline))
+
+VS_INLINE v16f splat(float x) { return v16f{} + x; }
+VS_INLINE v16i splat(int32_t x) { return v16i{} + x; }
+VS_INLINE v16f load(const float* p) { return *reinterpret_cast<const v16f_u*>(p); }
+VS_INLINE void store(float* p, v16f x) { *reinterpret_cast<v16f_u*>(p) = x; }
+VS_INLINE v16u load_words(const void* p) { return *static_cast<const v16u*>(p); }
+VS_INLINE v16f as_float(v16i x) { return reinterpret_cast<v16f&>(x); }
+VS_INLINE v16i as_int(v16f x) { return reinterpret_cast<v16i&>(x); }
+VS_INLINE v16f select(v16i mask, v16f a, v16f b) { return as_float((mask & as_int(a)) | (~mask & as_int(b))); }
+VS_INLINE v16f larger(v16f a, v16f b) {
+#if defined(__AVX512F__)
+  return (v16f)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+
+// Lanes set in the low 16 bits of a mask.
+VS_INLINE v16i lanes(uint32_t mask) {
+#if defined(__AVX512F__)
+  return (v16i)_mm512_maskz_set1_epi32(static_cast<__mmask16>(mask), -1);
+#endif
+  const v16i bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  return (splat(static_cast<int32_t>(mask & 0xffff)) & bit) != 0;
+}
+
+// The highest bit of each of 16 bytes.
+VS_INLINE uint32_t high_bits(const uint8_t* bytes) {
+#if defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < 16; i++) mask |= static_cast<uint32_t>(bytes[i] >> 7) << i;
+  return mask;
+#endif
+}
+
+// table[index] for a table of 2 ** bits floats, 64-byte aligned, at least 16 entries allocated.
+VS_INLINE v16f lookup(const float* table, [[maybe_unused]] int bits, v16i index) {
+#if defined(__AVX512F__)
+  if (bits <= 4) return (v16f)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
+  if (bits == 5)
+    return (v16f)_mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)index, _mm512_load_ps(table + 16));
+  return (v16f)_mm512_i32gather_ps((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+  const __m256i* half = reinterpret_cast<const __m256i*>(&index);
+  __m256 out[2];
+  for (int i = 0; i < 2; i++) {
+    if (bits <= 3) {
+      out[i] = _mm256_permutevar8x32_ps(_mm256_load_ps(table), half[i]);
+    } else if (bits == 4) {
+      const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), half[i]);
+      const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), half[i]);
+      out[i] = _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(half[i], 28)));
+    } else {
+      out[i] = _mm256_i32gather_ps(table, half[i], 4);
+    }
+  }
+  v16f result;
+  memcpy(&result, out, sizeof(result));
+  return result;
+#else
+  v16f result;
+  for (int i = 0; i < 16; i++) result[i] = table[index[i]];
+  return result;
+#endif
+}
+
+// How many of a codebook's boundaries lie below x: a binary search over 2 ** bits - 1 rising values.
+VS_INLINE v16i nearest_code(const float* boundaries, int bits, v16f x) {
+  v16i code = {};
+  for (int step = 1 << (bits - 1); step > 0; step >>= 1) {
+    const v16f edge = lookup(boundaries, bits, code + (step - 1));
+    code += (edge < x) & step;
+  }
+  return code;
+}
+
+// An initializer in braces becomes a slow string instruction.
+template <int kCount>
+VS_INLINE void clear(v16f* vectors) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; i++) vectors[i] = v16f{};
+}
+
+// Sums of 16 vectors, lane by lane pairs first: out[i] is the sum of rows[i], in an order that is the same for all i.
+template <int kDistance>
+VS_INLINE v16f fold(v16f a, v16f b) {
+  v16i low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) {
+    const bool second = i & kDistance;
+    low[i] = (second ? 16 : 0) + i;
+    high[i] = (second ? 16 : 0) + (i ^ kDistance);
+  }
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+}
+
+VS_INLINE v16f sums(v16f* rows) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) rows[i] = fold<8>(rows[i], rows[i + 8]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) rows[i] = fold<4>(rows[i], rows[i + 4]);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) rows[i] = fold<2>(rows[i], rows[i + 2]);
+  return fold<1>(rows[0], rows[1]);
+}
+
+template <int kDistance>
+VS_INLINE v16f swapped(v16f x) {
+  v16i other;
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) other[i] = i ^ kDistance;
+  return __builtin_shuffle(x, other);
+}
+
+VS_INLINE float sum(v16f x) {
+  x = x + swapped<8>(x);
+  x = x + swapped<4>(x);
+  x = x + swapped<2>(x);
+  x = x + swapped<1>(x);
+  return x[0];
+}
+
+VS_INLINE float peak(v16f x) {
+  x = larger(x, swapped<8>(x));
+  x = larger(x, swapped<4>(x));
+  x = larger(x, swapped<2>(x));
+  x = larger(x, swapped<1>(x));
+  return x[0];
+}
+
+// e ** x for x <= 0, relative error below 2e-7; exactly 0 below -87. Cody and Waite's reduction to 2 ** n * 2 ** f with
+// |f| <= 1/2, and the Taylor polynomial of 2 ** f.
+VS_INLINE v16f exp_negative(v16f x) {
+  const v16i zero = x < -87.0f;
+  const v16f scaled = select(zero, splat(0.0f), x) * 1.44269504088896341f;
+  const float magic = 12582912.0f;  // 1.5 * 2 ** 23: adding it rounds to an integer
+  const v16f n = (scaled + magic) - magic;  // this needs -fno-fast-math
+  const v16f f = scaled - n;
+  v16f y = splat(1.5403530e-4f);
+  y = y * f + 1.3333558e-3f;
+  y = y * f + 9.6181291e-3f;
+  y = y * f + 5.5504109e-2f;
+  y = y * f + 2.4022651e-1f;
+  y = y * f + 6.9314718e-1f;
+  y = y * f + 1.0f;
+  const v16i exponent = __builtin_convertvector(n, v16i) << 23;
+  return select(zero, splat(0.0f), as_float(as_int(y) + exponent));
+}
+
+// Float to bf16 bits in the high half of each lane, rounded to nearest even. NaN stays NaN.
+VS_INLINE v16u round_bf16(v16f x) {
+  const v16u bits = reinterpret_cast<v16u&>(x);
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+}
+
+VS_INLINE uint16_t bf16_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+VS_INLINE float float_of_bf16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+}  // namespace

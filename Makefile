@@ -10,8 +10,9 @@ TORCH_INDEX ?=
 PORT ?= 8000
 BITS ?= 4.0
 PROFILE ?= .demo/demo-$(BITS).spectral
+BALANCED := .demo/balanced.spectral
 
-.PHONY: help setup demo serve test check format clean
+.PHONY: help setup demo serve test check sanitize bench format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -37,6 +38,9 @@ demo: setup ## calibrate, serve, ask, show the memory table, stop
 $(PROFILE): | setup
 	$(BIN)/vllm-spectral calibrate demo -o $@ --bits $(BITS)
 
+$(BALANCED): | setup
+	$(BIN)/vllm-spectral calibrate demo -o $@ --preset balanced
+
 serve: setup $(PROFILE) ## serve the embedded model on PORT until interrupted
 	$(BIN)/vllm-spectral serve demo --profile $(PROFILE) --port $(PORT) --kv-cache-memory-bytes 256M
 
@@ -48,6 +52,16 @@ check: setup ## ruff, mypy --strict and the import rule
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
+
+sanitize: setup ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DVS_SANITIZE=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  VLLM_SPECTRAL_KERNELS=build/sanitize $(BIN)/python -m pytest -q tests/kernels
+
+bench: setup $(BALANCED) ## kernels and whole engine against stock vLLM, about half an hour
+	$(BIN)/python -m benchmarks.kernels $(BALANCED) --json benchmarks/results/latest-kernels.json
+	$(BIN)/python -m benchmarks.engine $(BALANCED) --json benchmarks/results/latest-engine.json
 
 format: setup ## let ruff format and fix
 	$(BIN)/ruff format .

@@ -27,6 +27,9 @@ class CacheMemory(BaseModel):
 
     model: str
     profile: ProfileIdentity | None = Field(description="null if the stock cache is served")
+    kernels: str = Field(
+        description="what attends to the pages: an instruction set, or reference; empty for the stock cache"
+    )
     num_blocks: int
     block_size_tokens: int
     pool_bytes: int = Field(description="all pages")
@@ -42,7 +45,7 @@ class CacheMemory(BaseModel):
     exact_tier_bytes: int = Field(
         description="pool of exact copies of first and recent tokens, taken out of the memory given for the cache"
     )
-    workspace_bytes: int = Field(description="largest scratch of one attention call")
+    workspace_bytes: int = Field(description="scratch of the attention kernels, shared by all layers")
     profile_bytes: int = Field(description="bases, spectra and tables held resident")
     effective_compression_ratio: float = Field(description="bf16 bytes of a full cache over everything resident for it")
     effective_bits_per_element: float = Field(description="16 / effective_compression_ratio")

@@ -13,6 +13,7 @@ from vllm_spectral.codec.attention import ExactTokens, paged_attention
 from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
 from vllm_spectral.codec.layout import slot_bytes_for
 from vllm_spectral.codec.quantizer import LayerCodec
+from vllm_spectral.codec.rotation import unrotate
 from vllm_spectral.kernels.layer import Copies, NativeLayer, Requests
 from vllm_spectral.kernels.library import ISA_VARIABLE, Library, isas, library
 from vllm_spectral.profile.schema import LayerProfile
@@ -122,7 +123,28 @@ class Step:
         near = (position < self.first) | (position > before - self.recent)
         return position[near & self.sequences[index].copied[:before]]
 
-    def native(self, lib: Library, exact: bool) -> torch.Tensor:
+    def dense(self, soft_cap: float, window: int) -> torch.Tensor:
+        """Plain attention over the restored vectors, with what the paged reference does not have."""
+        rows, outputs = self.query.split(self.queries), []
+        for index, (sequence, context, count) in enumerate(
+            zip(self.sequences, self.contexts, self.queries, strict=True)
+        ):
+            slots = self.codec.layout.read(self.pages, sequence.blocks)[:context]
+            keys = unrotate(self.codec.decode_keys(slots), self.codec.keys.basis).double()
+            values = unrotate(self.codec.decode_values(slots), self.codec.values.basis).double()
+            query = rows[index].double().view(count, self.heads, self.group, self.dim)
+            scores = torch.einsum("thgd,shd->hgts", query, keys) * self.scale
+            if soft_cap:
+                scores = soft_cap * (scores / soft_cap).tanh()
+            position, column = torch.arange(context - count, context)[:, None], torch.arange(context)
+            hidden = column > position
+            if window:
+                hidden |= position - column >= window
+            weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            outputs.append(torch.einsum("hgts,shd->thgd", weights, values).flatten(1, 2))
+        return torch.cat(outputs).float()
+
+    def native(self, lib: Library, exact: bool, *, soft_cap: float = 0.0, window: int = 0) -> torch.Tensor:
         """The same by a kernel; the output starts as NaN."""
         longest = max(len(s.blocks) for s in self.sequences)
         table = torch.full((len(self.sequences), longest), 10**6, dtype=torch.int32)
@@ -133,7 +155,9 @@ class Step:
         output = torch.full(self.query.shape, torch.nan)
         keys, values = (torch.cat([self.own(i)[k] for i in range(len(self.sequences))]) for k in (0, 1))
         copies = self._copies() if exact else None
-        NativeLayer(self.codec, lib).attend(self.query, keys, values, self.pages, requests, output, self.scale, copies)
+        NativeLayer(self.codec, lib).attend(
+            self.query, keys, values, self.pages, requests, output, self.scale, copies, soft_cap=soft_cap, window=window
+        )
         return output
 
     def _copies(self) -> Copies:

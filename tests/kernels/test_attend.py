@@ -26,8 +26,20 @@ SHAPES = [
 def agree(step: Step, isa: str, exact: bool) -> None:
     found, expected = step.native(kernels(isa), exact), step.reference(exact)
     assert torch.isfinite(found).all()
+    close(found, expected, isa)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, isa: str) -> None:
     tolerance = KERNEL_BF16 if isa.endswith("bf16") else KERNEL_FLOAT
     assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("soft_cap", "window"), [(2.0, 0), (0.0, 100), (30.0, 1), (5.0, 600)])
+def test_soft_caps_and_sliding_windows(soft_cap: float, window: int, isa: str) -> None:
+    step = Step(codec_of(2, 64, 3.0), 3, [700, 40, 1200], [1, 40, 30])
+    found = step.native(kernels(isa), exact=False, soft_cap=soft_cap, window=window)
+    close(found, step.dense(soft_cap, window), isa)
 
 
 @pytest.mark.parametrize("exact", [False, True])

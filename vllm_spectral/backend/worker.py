@@ -12,6 +12,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm_spectral.backend.capture import CaptureImpl
 from vllm_spectral.backend.dense import Attend
 from vllm_spectral.backend.impl import SpectralImpl
+from vllm_spectral.kernels.library import REFERENCE
 from vllm_spectral.stats.fidelity import compare_logits
 from vllm_spectral.stats.memory import LayerMemory, WorkerMemory
 from vllm_spectral.stats.moments import LayerMoments
@@ -43,20 +44,21 @@ class WorkerExtension:
 
     def spectral_memory(self) -> dict[str, Any]:
         """What this rank keeps resident for the cache, in the form of :meth:`WorkerMemory.to_wire`."""
-        layers, shared, exact = [], 0, 0
+        layers, shared, exact, kernels = [], 0, 0, ""
         for name, layer in self._spectral_layers():
             compressed = isinstance(layer.impl, SpectralImpl) and layer.impl.codec is not None
             pages = layer.kv_cache
             if compressed:
                 shared = layer.impl.codec.codebooks.resident_bytes
+                kernels = layer.impl.native.isa if layer.impl.native else REFERENCE
                 if layer.impl.copies is not None:
                     exact += layer.impl.copies.resident_bytes
             layers.append(
-                LayerMemory.of_codec(name, layer.impl.codec, layer.impl.num_heads, pages)
+                LayerMemory.of_codec(name, layer.impl.codec, layer.impl.num_heads, pages, layer.impl.native)
                 if compressed
                 else LayerMemory.of_dense(name, pages)
             )
-        return WorkerMemory(tuple(layers), shared, exact).to_wire()
+        return WorkerMemory(tuple(layers), shared, exact, kernels).to_wire()
 
     def spectral_exact_counters(self) -> dict[str, int]:
         """Running totals of the exact tier, in the words of :class:`ExactCounters`; empty without a tier."""

@@ -119,8 +119,9 @@ class NativeLayer:
                     pointer(t, torch.int32) for t in (table.bits, table.vector * VECTOR_BYTES, table.vector_shift)
                 ]
             needed = part.flat_distortion * FALLBACK_SLACK
-            floats = (part.basis, part.center, part.width, part.flat_width, needed)
-            return CodingSpec(*map(pointer, floats), *integers)
+            assert part.basis.dtype == torch.float32 and part.basis.is_contiguous()
+            floats = (part.center, part.width, part.flat_width, needed)
+            return CodingSpec(part.basis.data_ptr(), *map(pointer, floats), *integers)
 
         starts = torch.full((layout.num_heads,), FIELDS_START)
         spec = LayerSpec(
@@ -132,6 +133,7 @@ class NativeLayer:
         )  # fmt: skip
         assert len(codec.scales) == NUM_SCALES
         self._handle: int = self._lib.layer_create(ctypes.byref(spec))
+        self._bases = (codec.keys.basis, codec.values.basis)  # the kernels read them where they are
         weakref.finalize(self, self._lib.layer_destroy, self._handle)
 
     @property

@@ -16,6 +16,8 @@ from vllm_spectral.errors import KernelError
 
 ISA_VARIABLE = "VLLM_SPECTRAL_ISA"
 """Names another instruction set than the best, or the torch reference."""
+FOLDER_VARIABLE = "VLLM_SPECTRAL_KERNELS"
+"""Names a folder to load the libraries from instead of the installed ones: for builds under sanitizers."""
 REFERENCE = "reference"
 """In place of an instruction set: the torch code that defines what the kernels compute, and is far slower."""
 
@@ -151,7 +153,8 @@ def library(environment: Mapping[str, str] = os.environ) -> Library:
 
 def _path(isa: str) -> Path:
     # An editable install keeps what was compiled apart from the sources: the package then has two folders.
-    folders = [Path(folder) for folder in vllm_spectral.kernels.__path__]
+    other = os.environ.get(FOLDER_VARIABLE)
+    folders = [Path(folder) for folder in ([other] if other else vllm_spectral.kernels.__path__)]
     return next((f / _file(isa) for f in folders if (f / _file(isa)).exists()), folders[0] / _file(isa))
 
 

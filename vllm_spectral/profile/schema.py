@@ -12,7 +12,7 @@ from vllm_spectral.codec.layout import SlotLayout
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.models.description import ModelFingerprint
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BasisKind = Literal["spectral", "hadamard"]
 
 

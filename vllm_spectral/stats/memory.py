@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vllm_spectral.codec.attention import workspace_bytes
 from vllm_spectral.codec.quantizer import LayerCodec
+from vllm_spectral.kernels.layer import WORKSPACE, NativeLayer
 
 BF16_BYTES = 2
 
@@ -42,9 +43,15 @@ class LayerMemory:
     workspace_bytes: int
 
     @classmethod
-    def of_codec(cls, name: str, codec: LayerCodec, num_query_heads: int, pages: Tensor) -> LayerMemory:
-        """A compressed layer; ``pages`` is ``[num_blocks, num_heads, block_size, slot_bytes]`` uint8."""
+    def of_codec(
+        cls, name: str, codec: LayerCodec, num_query_heads: int, pages: Tensor, native: NativeLayer | None = None
+    ) -> LayerMemory:
+        """A compressed layer; ``pages`` is ``[num_blocks, num_heads, block_size, slot_bytes]`` uint8.
+
+        With kernels the workspace is what they have allocated so far, without them the most that the reference takes.
+        """
         layout = codec.layout
+        workspace = workspace_bytes(num_query_heads, layout.num_heads, layout.head_dim)
         return cls(
             name=name,
             slot_bytes=layout.slot_bytes,
@@ -54,8 +61,8 @@ class LayerMemory:
             value_bits=layout.value_bits_per_element,
             compressed=True,
             page_bytes=pages.numel() * pages.element_size(),
-            static_bytes=codec.resident_bytes,
-            workspace_bytes=workspace_bytes(num_query_heads, layout.num_heads, layout.head_dim),
+            static_bytes=codec.resident_bytes + (native.resident_bytes if native else 0),
+            workspace_bytes=WORKSPACE.num_bytes if native else workspace,
         )
 
     @classmethod
@@ -77,11 +84,13 @@ class WorkerMemory:
         layers: the layers.
         shared_bytes: tables that all layers use.
         exact_bytes: the exact tier's pool.
+        kernels: what attends to compressed pages: an instruction set, or ``reference``; empty if nothing does.
     """
 
     layers: tuple[LayerMemory, ...]
     shared_bytes: int = 0
     exact_bytes: int = 0
+    kernels: str = ""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain lists and dictionaries: between vLLM's processes dataclasses do not survive."""
@@ -90,7 +99,8 @@ class WorkerMemory:
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> WorkerMemory:
         """The inverse of :meth:`to_wire`."""
-        return cls(tuple(LayerMemory(**layer) for layer in wire["layers"]), wire["shared_bytes"], wire["exact_bytes"])
+        layers = tuple(LayerMemory(**layer) for layer in wire["layers"])
+        return cls(layers, wire["shared_bytes"], wire["exact_bytes"], wire["kernels"])
 
 
 @dataclass(frozen=True)

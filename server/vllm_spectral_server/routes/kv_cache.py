@@ -65,6 +65,7 @@ async def memory(request: Request) -> CacheMemory:
         uncompressed_bytes_per_token=report.uncompressed_bytes_per_token,
         compression_ratio=report.compression_ratio,
         exact_tier_bytes=report.exact_tier_bytes,
+        kernels=report.workers[0].kernels,
         workspace_bytes=report.workspace_bytes,
         profile_bytes=report.profile_bytes,
         effective_compression_ratio=report.effective_compression_ratio,

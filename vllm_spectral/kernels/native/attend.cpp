@@ -333,7 +333,7 @@ class Attention {
         }
         queries.exact[r * padded(dim) / 32 + part] = Pairs::of(even, odd);
       }
-      product(s.vector, keys.turned.get() + at * dim, dim, s.line);
+      product(s.vector, keys.basis + at * dim, dim, s.line);
       v16f at_center = {};
       for (int64_t c = 0; c < dim; c += 16) {
         const v16f x = load(s.line + c);
@@ -348,12 +348,12 @@ class Attention {
 
   static void finish(const Shape& shape, const Item& item, const State& state, Scratch& s) {
     const int64_t dim = shape.layer.dim;
-    const float* turned = shape.layer.values.turned.get() + item.head * dim * dim;
+    const float* back = shape.layer.values.transposed.get() + item.head * dim * dim;
     for (int64_t r = 0; r < item.rows; r++) {
       const int64_t row = item.first_row + r;
       const float share = state.total[r] > 0 ? 1.0f / state.total[r] : 0.0f;
       for (int64_t c = 0; c < dim; c += 16) store(s.vector + c, load(state.rotated + r * dim + c) * share);
-      product(s.vector, turned, dim, s.line);
+      product(s.vector, back, dim, s.line);
       const float* plain = state.plain + r * padded(dim);
       for (int64_t c = 0; c < dim; c++) s.line[c] += plain[c / 32 * 32 + c % 2 * 16 + c % 32 / 2] * share;
       write_row(shape.call.output, shape.call.query_start[item.request] + row / shape.group,

@@ -55,16 +55,16 @@ struct KeyPairs {
 constexpr int kNarrow = 5;  // widest codes whose levels fit one vector register
 
 struct Coding {
-  Array<double> basis;  // [H, D, D]: float32 widened once, so that products accumulate in double without conversions
-  Array<float> turned;  // [H, D, D]: the basis, transposed if turn says so; attention rotates in float32
+  const float* basis;       // [H, D, D], the caller's
+  Array<float> transposed;  // [H, D, D], of the values' basis: outputs are rotated back
   Array<float> center, width, inverse_width, flat_width, inverse_flat_width;  // [H, D]
   Array<float> inverse_stored, inverse_flat_stored;  // [H]: 1 / number of channels with bits
   Array<float> flat_needed;                          // [H]
   std::vector<std::vector<Field>> fields, flat;                               // per head, in the order of channels
 
-  Coding(const CodingSpec& spec, int64_t heads, int64_t dim, bool turn)
-      : basis(heads * dim * dim),
-        turned(heads * dim * dim),
+  Coding(const CodingSpec& spec, int64_t heads, int64_t dim, bool transpose)
+      : basis(spec.basis),
+        transposed(transpose ? heads * dim * dim : 0),
         center(spec.center, heads * dim),
         width(spec.width, heads * dim),
         inverse_width(heads * dim),
@@ -73,10 +73,9 @@ struct Coding {
         inverse_stored(heads),
         inverse_flat_stored(heads),
         flat_needed(spec.flat_needed, heads) {
-    for (int64_t i = 0; i < heads * dim * dim; i++) {
-      basis[i] = spec.basis[i];
+    for (int64_t i = 0; transpose && i < heads * dim * dim; i++) {
       const int64_t head = i / (dim * dim), row = i / dim % dim, column = i % dim;
-      turned[turn ? (head * dim + column) * dim + row : i] = spec.basis[i];
+      transposed[(head * dim + column) * dim + row] = basis[i];
     }
     for (int64_t i = 0; i < heads * dim; i++) {
       inverse_width[i] = 1.0f / width[i];
@@ -90,7 +89,7 @@ struct Coding {
   }
 
   size_t bytes() const {
-    size_t total = basis.bytes() + turned.bytes() + center.bytes() + width.bytes() + inverse_width.bytes() +
+    size_t total = transposed.bytes() + center.bytes() + width.bytes() + inverse_width.bytes() +
                    flat_width.bytes() + inverse_flat_width.bytes() + inverse_stored.bytes() + inverse_flat_stored.bytes() + flat_needed.bytes();
     for (const auto& head : fields) total += head.size() * sizeof(Field);
     for (const auto& head : flat) total += head.size() * sizeof(Field);

@@ -2,12 +2,14 @@
 
 #include "simd.h"
 
-void rotate(const double* vectors, const double* basis, int64_t dim, float* out) {
+void rotate(const double* vectors, const float* basis, int64_t dim, float* out) {
   for (int64_t column = 0; column < dim; column += 16) {
     v8d low[kTogether] = {}, high[kTogether] = {};
     for (int64_t row = 0; row < dim; row++) {
-      const v8d* at = reinterpret_cast<const v8d*>(basis + row * dim + column);
-      const v8d a = at[0], b = at[1];
+      v8f first, second;
+      memcpy(&first, basis + row * dim + column, 32);
+      memcpy(&second, basis + row * dim + column + 8, 32);
+      const v8d a = __builtin_convertvector(first, v8d), b = __builtin_convertvector(second, v8d);
 #pragma GCC unroll 4
       for (int i = 0; i < kTogether; i++) {
         const double x = vectors[i * dim + row];

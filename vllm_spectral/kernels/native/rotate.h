@@ -6,4 +6,4 @@
 constexpr int kTogether = 4;  // vectors rotated at once, so that each part of the basis is read once for all
 
 // out[kTogether, dim] = vectors[kTogether, dim] @ basis[dim, dim], summed over the basis' rows in order, rounded once.
-void rotate(const double* vectors, const double* basis, int64_t dim, float* out);
+void rotate(const double* vectors, const float* basis, int64_t dim, float* out);

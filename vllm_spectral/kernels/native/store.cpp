@@ -128,7 +128,7 @@ void store_chunk(const Layer& layer, const StoreCall& call, int64_t start, int64
       read_row(rows, start + tokens[i + j], head, dim, scratch.line.get());
       for (int64_t c = 0; c < dim; c++) scratch.vectors[j * dim + c] = scratch.line[c];
     }
-    rotate(scratch.vectors.get(), coding.basis.get() + head * dim * dim, dim, scratch.turned.get());
+    rotate(scratch.vectors.get(), coding.basis + head * dim * dim, dim, scratch.turned.get());
     for (int j = 0; j < some; j++)
       for (int64_t c = 0; c < dim; c++) rotated[c * kChunk + tokens[i + j]] = scratch.turned[j * dim + c];
   }

@@ -1,0 +1,204 @@
+"""Decode attention over compressed pages against vLLM's own CPU kernels, and against reading the same bytes.
+
+``python -m benchmarks.kernels PROFILE [--json FILE]``. Every side walks through several caches that together exceed the last
+cache level. Keys and values are drawn from the profile's own spectra, so that every width of field occurs as often as in
+service; head_dim 128 is two heads of 64 side by side. Correctness comes first: each case is compared with the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from benchmarks.measure import interleaved, ratios, save, spread
+from vllm_spectral.codec.attention import paged_attention
+from vllm_spectral.kernels.layer import NativeLayer, Requests
+from vllm_spectral.kernels.library import ISA_VARIABLE, isas, library
+from vllm_spectral.profile.schema import LayerProfile, Profile
+from vllm_spectral.profile.storage import load_profile
+
+BLOCK = 32
+BEYOND_CACHE = 96 << 20
+"""Bytes that the compressed caches of one case take together."""
+MOST_STOCK = 4 << 30
+"""Most bytes that the stock kernel's caches of one case may take."""
+SAMPLE = 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point: KV heads, query heads per KV head, head size, tokens per request, requests."""
+
+    heads: int
+    group: int
+    dim: int
+    context: int
+    batch: int
+
+
+CASES = (
+    Case(8, 4, 128, 16384, 1), Case(8, 4, 128, 65536, 1), Case(8, 4, 64, 16384, 1), Case(8, 4, 64, 65536, 1),
+    Case(3, 3, 64, 7168, 8), Case(3, 3, 64, 1024, 32), Case(3, 3, 64, 256, 32), Case(3, 3, 64, 256, 1),
+)  # fmt: skip
+
+
+def widened(layer: LayerProfile, heads: int, times: int) -> LayerProfile:
+    """``heads`` heads made of ``times`` of the layer's heads side by side each."""
+    index = torch.arange(heads * times) % layer.key_bits.shape[0]
+
+    def of(name: str, tensor: Tensor) -> Tensor:
+        chosen = tensor[index].unflatten(0, (heads, times))
+        if name.endswith("basis"):
+            return torch.stack([torch.block_diag(*blocks) for blocks in chosen])
+        return chosen.flatten(1)
+
+    return LayerProfile(**{name: of(name, tensor) for name, tensor in vars(layer).items()})
+
+
+def sample(basis: Tensor, spectrum: Tensor, seed: int) -> Tensor:
+    """``[SAMPLE, heads, dim]`` bf16 with the given second moment."""
+    draw = torch.randn(SAMPLE, *spectrum.shape, generator=torch.Generator().manual_seed(seed)) * spectrum.sqrt()
+    return torch.einsum("thc,hdc->thd", draw, basis).bfloat16()
+
+
+class Bench:
+    """One case, ready to run."""
+
+    def __init__(self, case: Case, profile: Profile, isa: str) -> None:
+        self.case = case
+        times = case.dim // profile.fingerprint.head_dim
+        layer = widened(profile.layers[len(profile.layers) // 3], case.heads, times)
+        self.codec = layer.codec(profile.slot_bytes * times, profile.codebooks)
+        self.native = NativeLayer(self.codec, library({ISA_VARIABLE: isa}))
+        self.blocks = -(-case.context // BLOCK)
+        self.table = torch.randperm(self.blocks * case.batch).view(case.batch, -1).int()
+        self.bytes = self.blocks * case.batch * self.codec.layout.page_bytes(BLOCK)
+        count = -(-BEYOND_CACHE // self.bytes) + 1
+        keys = sample(layer.key_basis, layer.key_spectrum, 0)
+        values = sample(layer.value_basis, layer.value_spectrum, 1)
+        shape = (self.blocks * case.batch, case.heads, BLOCK, self.codec.layout.slot_bytes)
+        first = torch.empty(shape, dtype=torch.uint8)
+        for low in range(0, shape[0] * BLOCK, SAMPLE):
+            place = torch.arange(low, min(low + SAMPLE, shape[0] * BLOCK))
+            self.native.store(keys[: len(place)], values[: len(place)], first, place)
+        self.pages = [first, *(first.clone() for _ in range(count - 1))]
+        self.query = torch.randn(case.batch, case.heads * case.group, case.dim).bfloat16()
+        self.output = torch.empty_like(self.query)
+        self.keys = keys[: case.batch]
+        starts = torch.arange(case.batch + 1, dtype=torch.int32)
+        self.requests = Requests(self.table, starts, torch.full((case.batch,), case.context, dtype=torch.int32))
+        self.scale = case.dim**-0.5
+
+    def check(self) -> float:
+        """Relative error against the reference on the same bytes; a kernel that is wrong is not timed."""
+        self.attend(self.pages[0])
+        expected = paged_attention(
+            self.query[:1], self.pages[0], self.table[0], self.case.context, self.codec, self.scale
+        )
+        error = float((self.output[:1].float() - expected).norm() / expected.norm())
+        if not error < 0.02:
+            raise SystemExit(f"{self.case}: wrong by {error:.1e}")
+        return error
+
+    def attend(self, pages: Tensor) -> None:
+        """One step of every request over one of the caches."""
+        self.native.attend(self.query, self.keys, self.keys, pages, self.requests, self.output, self.scale)
+
+    def ours(self) -> Callable[[], None]:
+        """Our kernel, a cache after the other."""
+        pages = itertools.cycle(self.pages)
+        return lambda: self.attend(next(pages))
+
+    def read(self) -> Callable[[], int]:
+        """Nothing but reading the same bytes, with as many threads."""
+        pages, lib = itertools.cycle(self.pages), library()
+        threads = torch.get_num_threads()
+
+        def run() -> int:
+            page = next(pages)
+            return int(lib.read(page.data_ptr(), page.numel(), threads))
+
+        return run
+
+    def stock(self, cache_dtype: str) -> Callable[[], None]:
+        """Time vLLM's kernel over caches of its own, as many as ours."""
+        case = self.case
+        element = torch.bfloat16 if cache_dtype == "auto" else torch.uint8
+        shape = (self.blocks * case.batch, case.heads, 2 * BLOCK, case.dim)
+        count = max(
+            2,
+            min(
+                len(self.pages),
+                (8 << 30)
+                // (torch.empty(0, dtype=element).element_size() * 2 * BLOCK * case.dim * shape[0] * case.heads),
+            ),
+        )
+        caches = []
+        for _ in range(count):
+            cache = torch.randn(shape).bfloat16()
+            if cache_dtype != "auto":
+                cache = cache.to(torch.float8_e4m3fn).view(torch.uint8)
+            caches.append(cache.chunk(2, dim=2))
+        isa = _get_attn_isa(torch.bfloat16, BLOCK, case.dim, cache_dtype)
+        schedule = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=case.batch, num_heads=case.heads * case.group, num_kv_heads=case.heads, head_dim=case.dim,
+            seq_lens=self.requests.context_lens, dtype=torch.bfloat16, query_start_loc=self.requests.query_start,
+            causal=True, sliding_window_size=-1, isa=isa, enable_kv_split=True, dynamic_causal=None,
+            kv_cache_dtype=cache_dtype,
+        )  # fmt: skip
+        pool, output = itertools.cycle(caches), torch.empty_like(self.query)
+
+        def run() -> None:
+            keys, values = next(pool)
+            ops.cpu_attention_with_kv_cache(
+                query=self.query, key_cache=keys, value_cache=values, output=output,
+                query_start_loc=self.requests.query_start, seq_lens=self.requests.context_lens, scale=self.scale,
+                causal=True, alibi_slopes=None, sliding_window=-1, block_table=self.table, softcap=0.0,
+                scheduler_metadata=schedule, s_aux=None, kv_cache_dtype=cache_dtype,
+            )  # fmt: skip
+
+        return run
+
+
+def main() -> None:
+    """Measure all cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa", choices=isas(), default=isas()[0])
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    profile, results = load_profile(arguments.profile), []
+    for case in CASES:
+        bench = Bench(case, profile, arguments.isa)
+        error = bench.check()
+        taken = interleaved(
+            {"ours": bench.ours(), "bf16": bench.stock("auto"), "fp8": bench.stock("fp8"), "read": bench.read()}
+        )
+        of_read = 100 * ratios(taken["read"], taken["ours"])
+        sys.stdout.write(
+            f"{case}: ours {spread(taken['ours'])} ms, bf16 / ours {ratios(taken['bf16'], taken['ours']):.2f}, "
+            f"fp8 / ours {ratios(taken['fp8'], taken['ours']):.2f}, {of_read:.0f} % of the read limit, "
+            f"{bench.bytes / statistics.median(taken['ours']) / 1e9:.1f} GB/s, error {error:.1e}\n"
+        )
+        sys.stdout.flush()
+        results.append({"case": vars(case), "seconds": taken, "bytes": bench.bytes, "relative_error": error})
+    save(
+        arguments.json,
+        {"isa": arguments.isa, "threads": arguments.threads, "bits": profile.bits_per_element, "cases": results},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -68,7 +68,7 @@ def circumstances() -> dict[str, Any]:
         "machine": f"{os.cpu_count()} x {model}",
         "vector_extensions": sorted(f for f in flags.split() if f.startswith(("avx", "amx"))),
         "commit": commit + ("+" if dirty else ""),
-        "command": " ".join(["python", "-m", *sys.argv]),
+        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
 
 

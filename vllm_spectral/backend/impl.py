@@ -183,13 +183,13 @@ class SpectralImpl(CPUAttentionBackendImpl):
         if self.codec is None or attn_metadata is None:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
             return output
-        plan = attn_metadata.exact
-        if self.native is None and self.copies is not None and plan is not None:
-            # Before anything is read: a request of this step may share a prefix that another one is just writing.
-            self.copies.write(plan, key, value)
         if self.native is not None:
             self._attend_natively(query, key, value, kv_cache, attn_metadata, output)
             return output
+        plan = attn_metadata.exact
+        if self.copies is not None and plan is not None:
+            # Before anything is read: a request of this step may share a prefix that another one is just writing.
+            self.copies.write(plan, key, value)
         for request, rows, context_len in requests_of(attn_metadata):
             exact = None
             if self.copies is not None and plan is not None:

@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
 from vllm_spectral.backend.exact_tier import LayerCopies
+from vllm_spectral.errors import UnsupportedModelError
 from vllm_spectral.exact.directory import StepPlan
 from vllm_spectral.kernels.layer import Requests
 
@@ -45,7 +46,7 @@ class SpectralMetadataBuilder(CPUAttentionMetadataBuilder):
         del common_prefix_len, fast_build
         common: CommonAttentionMetadata = common_attn_metadata
         if common.causal is not True:
-            raise NotImplementedError("spectral pages serve causal attention")
+            raise UnsupportedModelError("this step's attention is not causal, which spectral pages do not support")
         return SpectralMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,

@@ -1,5 +1,5 @@
 // The C interface between Python and the kernels. Pointers are to contiguous arrays unless strides are given; strides
-// count elements. Nothing here keeps a pointer of the caller's after it returns.
+// count elements. A layer keeps pointing to its two bases, and to nothing else of the caller's.
 #pragma once
 #include <cstdint>
 

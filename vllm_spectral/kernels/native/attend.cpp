@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "layer.h"
+#include "pairs.h"
 #include "rows.h"
 #include "simd.h"
 
@@ -23,99 +24,6 @@ constexpr int kRows = 64;                                         // most (query
 constexpr int kAhead = 2;                                         // groups from the one at work to the one being fetched
 constexpr int kBlock = 16;  // channels whose outputs are summed together
 constexpr float kNone = -INFINITY;
-
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-// Pairs of bf16, multiplied and added by one instruction.
-struct Pairs {
-  typedef v16u Value;
-  struct Scalar {
-    uint32_t bits;
-  };
-  // How to expand one field: its table in a register, unless its codes are wide.
-  struct Table {
-    __m512i levels;
-    __m128i shift;
-    const uint32_t* memory;
-    int bits;
-  };
-  static VS_INLINE Table table(const vs::Field& field) {
-    return {_mm512_load_si512(field.pairs), _mm_cvtsi32_si128(field.shift), field.pairs, field.bits};
-  }
-  static VS_INLINE Value expand(const Table& table, const uint8_t* words) {
-    return (Value)_mm512_permutexvar_epi16(_mm512_srl_epi16(_mm512_load_si512(words), table.shift), table.levels);
-  }
-  static VS_INLINE Value expand_any(const Table& table, const uint8_t* words) {
-    if (table.bits <= vs::kNarrow) return expand(table, words);
-    return wide(table.memory, table.bits, _mm512_srl_epi16(_mm512_load_si512(words), table.shift));
-  }
-  static VS_INLINE v16f dot(v16f sum, Value a, Value b) {
-    return (v16f)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-  }
-  static VS_INLINE Value broadcast(const Scalar& x) { return v16u{} + x.bits; }
-  // Pairs of neighbouring numbers, dim / 2 of them, to every stride-th place.
-  static VS_INLINE void scalars(const float* from, int64_t dim, Scalar* to, int64_t stride) {
-    for (int64_t c = 0; c < dim; c += 16) {
-      alignas(32) uint32_t pairs[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + c)));
-      for (int i = 0; i < 8; i++) to[(c / 2 + i) * stride].bits = pairs[i];
-    }
-  }
-  static VS_INLINE Value of(v16f even, v16f odd) {
-    const v16u low = (v16u)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
-    const v16u high = (v16u)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
-    return low | high << 16;
-  }
-  // From the 32 bits of two bf16 numbers.
-  static VS_INLINE Value of_bf16(v16u both) { return both; }
-  static VS_INLINE void spread(const Value& value, Scalar* to) { memcpy(to, &value, 64); }
-
- private:
-  static Value wide(const uint32_t* table, int bits, __m512i index) {
-    const __m512i* part = reinterpret_cast<const __m512i*>(table);
-    const __m512i first = _mm512_permutex2var_epi16(part[0], index, part[1]);
-    if (bits == 6) return (Value)first;
-    const __mmask32 bit6 = _mm512_movepi16_mask(_mm512_slli_epi16(index, 9));
-    const __m512i low = _mm512_mask_blend_epi16(bit6, first, _mm512_permutex2var_epi16(part[2], index, part[3]));
-    if (bits == 7) return (Value)low;
-    const __m512i third = _mm512_permutex2var_epi16(part[4], index, part[5]);
-    const __m512i high = _mm512_mask_blend_epi16(bit6, third, _mm512_permutex2var_epi16(part[6], index, part[7]));
-    return (Value)_mm512_mask_blend_epi16(_mm512_movepi16_mask(_mm512_slli_epi16(index, 8)), low, high);
-  }
-};
-#else
-// Pairs of float32.
-struct Pairs {
-  struct Value {
-    v16f even, odd;
-  };
-  struct Scalar {
-    float even, odd;
-  };
-  struct Table {
-    const float* levels;
-    int bits, shift;
-  };
-  static VS_INLINE Table table(const vs::Field& field) { return {field.levels, field.bits, field.shift}; }
-  static VS_INLINE Value expand(const Table& table, const uint8_t* words) {
-    const v16i both = (v16i)load_words(words) >> table.shift;
-    const int32_t mask = (1 << table.bits) - 1;
-    return {lookup(table.levels, table.bits, both & mask), lookup(table.levels, table.bits, both >> 16 & mask)};
-  }
-  static VS_INLINE Value expand_any(const Table& table, const uint8_t* words) { return expand(table, words); }
-  static VS_INLINE v16f dot(v16f sum, const Value& a, const Value& b) { return a.odd * b.odd + (a.even * b.even + sum); }
-  static VS_INLINE Value broadcast(const Scalar& x) { return {splat(x.even), splat(x.odd)}; }
-  static VS_INLINE void scalars(const float* from, int64_t dim, Scalar* to, int64_t stride) {
-    for (int64_t j = 0; j < dim / 2; j++) to[j * stride] = {from[2 * j], from[2 * j + 1]};
-  }
-  static VS_INLINE Value of(v16f even, v16f odd) { return {even, odd}; }
-  static VS_INLINE Value of_bf16(v16u both) { return {(v16f)(both << 16), (v16f)(both & 0xffff0000u)}; }
-  static VS_INLINE void spread(const Value& value, Scalar* to) {
-    for (int i = 0; i < 16; i++) to[i] = {value.even[i], value.odd[i]};
-  }
-};
-#endif
-typedef Pairs::Value Pair;
-typedef Pairs::Scalar PairScalar;
 
 int64_t padded(int64_t dim) { return (dim + 31) / 32 * 32; }
 
@@ -405,16 +313,13 @@ class Attention {
     return found;
   }
 
-  // Scales of half a group, from their bytes: 2 ** ((index - 64) / 8).
-  static v16f scales(const uint8_t* bytes) {
-    alignas(64) static const float fractions[16] = {1.0f,        1.09050773f, 1.18920712f, 1.29683955f, 1.41421356f, 1.54221083f,
-                                                    1.68179283f, 1.83400809f, 1.0f,        1.09050773f, 1.18920712f, 1.29683955f,
-                                                    1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f};
+  // Scales of half a group, from their bytes: the fractions of an octave that start at scale 1, and powers of two.
+  v16f scales(const uint8_t* bytes) const {
     v16b packed;
     memcpy(&packed, bytes, 16);
     const v16i index = __builtin_convertvector(packed, v16i) & (vs::kFlat - 1);
-    const v16f fraction = lookup(fractions, 4, index & 7);
-    return as_float(as_int(fraction) + (((index >> 3) - 8) << 23));
+    const v16f fraction = lookup(layer_.scales.get() + vs::kUnitScale, 3, index & 7);
+    return as_float(as_int(fraction) + (((index - vs::kUnitScale) >> 3) << 23));
   }
 
   static uint32_t flat_mask(const uint8_t* bytes) { return high_bits(bytes) | high_bits(bytes + vs::kHalf) << vs::kHalf; }

@@ -13,6 +13,7 @@ constexpr int kGroup = 32;        // tokens transposed together
 constexpr int kHalf = 16;         // tokens per vector of key words
 constexpr int kVectorBytes = 64;  // one vector of words
 constexpr int kScales = 128;
+constexpr int kUnitScale = 64;    // index of scale 1; eight to an octave
 constexpr uint8_t kFlat = 0x80;  // flag of a scale byte
 constexpr int kValueScales = kGroup;  // byte of a group where the values' scales start; the keys' start at 0
 

@@ -13,7 +13,6 @@ typedef float v16f __attribute__((vector_size(64), may_alias, aligned(64)));
 typedef int32_t v16i __attribute__((vector_size(64), may_alias, aligned(64)));
 typedef uint32_t v16u __attribute__((vector_size(64), may_alias, aligned(64)));
 typedef float v16f_u __attribute__((vector_size(64), may_alias, aligned(4)));
-typedef float v4f __attribute__((vector_size(16), may_alias, aligned(4)));
 typedef uint8_t v16b __attribute__((vector_size(16), may_alias, aligned(1)));
 typedef float v8f __attribute__((vector_size(32), may_alias, aligned(32)));
 typedef double v8d __attribute__((vector_size(64), may_alias, aligned(64)));
@@ -170,12 +169,7 @@ VS_INLINE v16f exp_negative(v16f x) {
   return select(zero, splat(0.0f), as_float(as_int(y) + exponent));
 }
 
-// Float to bf16 bits in the high half of each lane, rounded to nearest even. NaN stays NaN.
-VS_INLINE v16u round_bf16(v16f x) {
-  const v16u bits = reinterpret_cast<v16u&>(x);
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-}
-
+// Rounded to nearest even. NaN stays NaN.
 VS_INLINE uint16_t bf16_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);

@@ -33,7 +33,7 @@ $(STAMP): $(DEPENDENCIES) pyproject.toml CMakeLists.txt $(wildcard vllm_spectral
 	@touch $@
 
 demo: setup ## calibrate, serve, ask, show the memory table, stop
-	$(BIN)/python deploy/demo.py --profile $(PROFILE) --bits $(BITS)
+	$(BIN)/python -m deploy.demo --profile $(PROFILE) --bits $(BITS)
 
 $(PROFILE): | setup
 	$(BIN)/vllm-spectral calibrate demo -o $@ --bits $(BITS)

@@ -16,7 +16,7 @@ from vllm_spectral.exact.window import ExactWindow, copy_bytes, group_tokens
 from vllm_spectral.models.demo import demo_model
 from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.storage import load_profile
-from vllm_spectral.stats.memory import MemoryReport, WorkerMemory
+from vllm_spectral.stats.memory import EngineMemory, MemoryReport, WorkerMemory
 
 BLOCK = 32
 
@@ -37,10 +37,7 @@ def main(path: str, requests: int, context: int) -> None:
         additional_config={"spectral": {"profile": path, "exact_bytes": requests * window}},
     )  # fmt: skip
     (answer,) = llm.collective_rpc("spectral_memory")
-    report = MemoryReport.gather(
-        [WorkerMemory.from_wire(answer)],
-        num_blocks=llm.llm_engine.vllm_config.cache_config.num_gpu_blocks, block_size=BLOCK, used_blocks=0,
-    )  # fmt: skip
+    report = MemoryReport(BLOCK, (EngineMemory((WorkerMemory.from_wire(answer),)),))
     for name in (
         "capacity_tokens", "pool_bytes", "exact_tier_bytes", "workspace_bytes", "profile_bytes", "compression_ratio",
         "effective_compression_ratio",

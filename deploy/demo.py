@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +15,10 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
+from deploy.process import command, running
+
 QUESTION = "What is the capital of France?"
 POOL = "256M"
-START_SECONDS = 300
-STOP_SECONDS = 60
 console = Console()
 
 
@@ -33,7 +30,7 @@ def main() -> int:
     args = parser.parse_args()
     if not args.profile.exists():
         console.rule("1. calibrate: the model measures itself, no data set needed")
-        subprocess.run([*_tool("calibrate"), "demo", "-o", str(args.profile), "--bits", args.bits], check=True)
+        subprocess.run(command("calibrate", "demo", "-o", str(args.profile), "--bits", args.bits), check=True)
     console.rule("2. serve: stock vLLM, KV cache in compressed pages")
     with _server(args.profile) as url:
         console.rule("3. ask: the openai client, streaming")
@@ -46,48 +43,15 @@ def main() -> int:
     return 0
 
 
-def _tool(command: str) -> list[str]:
-    return [sys.executable, "-m", "vllm_spectral.cli.main", command]
-
-
 @contextlib.contextmanager
 def _server(profile: Path) -> Iterator[str]:
-    """A running server; its log is shown if it does not come up."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = ["--host", "127.0.0.1", "--port", str(port), "--kv-cache-memory-bytes", POOL, "--max-model-len", "8192"]
-    command = [*_tool("serve"), "demo", "--profile", str(profile), *flags]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            with console.status("starting the server (about 30 s)"):
-                _wait(process, url)
-            console.print(f"serving on {url}")
-            yield url
-        except BaseException:
-            log.seek(0)
-            sys.stderr.write(log.read()[-8000:])
-            raise
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _wait(process: subprocess.Popen[bytes], url: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server stopped with code {process.returncode}")
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health").is_success:
-                return
-        time.sleep(0.5)
-    raise TimeoutError(f"the server was not ready after {START_SECONDS} s")
+    flags = ["--kv-cache-memory-bytes", POOL, "--max-model-len", "8192"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        with console.status("starting the server (about 30 s)"):
+            argv = command("serve", "demo", "--profile", str(profile), *flags)
+            server = stack.enter_context(running(argv, Path(folder) / "server.log"))
+        console.print(f"serving on {server.url}")
+        yield server.url
 
 
 def _ask(url: str) -> str:

@@ -11,7 +11,7 @@ from tests.conftest import DIM, HEADS, correlated
 from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
 from vllm_spectral.profile.schema import LayerProfile
 from vllm_spectral.stats.fidelity import compare_logits
-from vllm_spectral.stats.memory import LayerMemory, MemoryReport, WorkerMemory
+from vllm_spectral.stats.memory import EngineMemory, LayerMemory, MemoryReport, WorkerMemory
 from vllm_spectral.stats.moments import SINK_TOKENS, LayerMoments
 
 
@@ -61,11 +61,13 @@ def test_divergence_is_what_its_definition_says() -> None:
 def report(layer: LayerProfile) -> MemoryReport:
     """Two ranks, each with a compressed and an uncompressed layer, 10 blocks of 32 tokens, 4 of them in use."""
     codec = layer.codec(64, Codebooks(normal_codebooks()))
-    compressed = LayerMemory.of_codec("a", codec, 9, torch.empty(10, HEADS, 32, 64, dtype=torch.uint8))
+    pages = torch.empty(10, HEADS, 32, 64, dtype=torch.uint8)
+    compressed = LayerMemory.of_codec("a", codec, 9, pages, exact_bytes=50_000)
     dense = LayerMemory.of_dense("b", torch.empty(10, HEADS, 32, 2 * DIM, dtype=torch.bfloat16))
-    worker = WorkerMemory((compressed, dense), shared_bytes=1000, exact_bytes=50_000)
+    allocated = compressed.page_bytes + dense.page_bytes
+    worker = WorkerMemory((compressed, dense), 10, allocated, shared_bytes=1000, exact_used_bytes=20_000)
     assert WorkerMemory.from_wire(worker.to_wire()) == worker
-    return MemoryReport.gather([worker, worker], num_blocks=10, block_size=32, used_blocks=4)
+    return MemoryReport(32, (EngineMemory((worker, worker), used_blocks=4, cached_blocks=3),))
 
 
 def test_the_report_counts_every_byte(report: MemoryReport) -> None:
@@ -73,7 +75,11 @@ def test_the_report_counts_every_byte(report: MemoryReport) -> None:
     assert report.uncompressed_bytes_per_token == 2 * 2 * HEADS * 4 * DIM
     assert report.pool_bytes == 320 * report.bytes_per_token
     assert (report.used_tokens, report.used_bytes) == (128, 128 * report.bytes_per_token)
-    assert report.exact_tier_bytes == 100_000
+    assert (report.cached_tokens, report.cached_bytes) == (96, 96 * report.bytes_per_token)
+    assert report.used_bytes + report.cached_bytes + report.free_bytes == report.pool_bytes
+    assert report.pool_bytes == sum(w.allocated_bytes for w in report.engines[0].workers)
+    assert (report.exact_tier_bytes, report.exact_tier_used_bytes) == (100_000, 40_000)
+    assert report.fp8_capacity_tokens // 64 == report.uncompressed_capacity_tokens // 32
     # Both come out of the memory that vLLM was given, and bf16 pages would have had all of it.
     given = report.pool_bytes + report.exact_tier_bytes
     assert report.uncompressed_capacity_tokens == given // (32 * report.uncompressed_bytes_per_token) * 32
@@ -87,7 +93,15 @@ def test_the_report_counts_every_byte(report: MemoryReport) -> None:
 def test_profile_bytes_cover_the_bases(report: MemoryReport) -> None:
     bases = 2 * 2 * HEADS * DIM * DIM * 4
     assert report.profile_bytes > bases
-    without = dataclasses.replace(
-        report, workers=tuple(WorkerMemory(w.layers, 0, w.exact_bytes) for w in report.workers)
-    )
-    assert report.profile_bytes - without.profile_bytes == 2000
+    (engine,) = report.engines
+    bare = dataclasses.replace(engine, workers=tuple(dataclasses.replace(w, shared_bytes=0) for w in engine.workers))
+    assert report.profile_bytes - dataclasses.replace(report, engines=(bare,)).profile_bytes == 2000
+
+
+def test_engines_add_up(report: MemoryReport) -> None:
+    twice = dataclasses.replace(report, engines=report.engines * 2)
+    for name in ("pool_bytes", "used_bytes", "cached_bytes", "free_bytes", "exact_tier_bytes", "profile_bytes"):
+        assert getattr(twice, name) == 2 * getattr(report, name)
+    assert twice.capacity_tokens == 2 * report.capacity_tokens
+    assert twice.bytes_per_token == report.bytes_per_token
+    assert twice.compression_ratio == report.compression_ratio

@@ -14,7 +14,7 @@ from vllm_spectral.errors import ConfigError
 
 CONFIG_KEY = "spectral"
 DISABLE_VARIABLE = "VLLM_SPECTRAL_DISABLE"
-_COUNTS = ("exact_first_tokens", "exact_recent_tokens", "exact_bytes")
+_COUNTS = ("exact_first_tokens", "exact_recent_tokens", "exact_bytes", "fidelity_every")
 
 
 class Mode(StrEnum):
@@ -41,6 +41,7 @@ class SpectralConfig:
         exact_recent_tokens: most recent tokens that are read from exact copies, a query's own included.
         exact_bytes: size of the pool of exact copies per worker, taken out of the memory vLLM was given for the cache;
             0 for none; None: what ``max_num_seqs`` requests need, at most a 24th of that memory.
+        fidelity_every: one step in so many, about, is sampled for fidelity; 0: none.
         mode: what the backend does.
     """
 
@@ -50,6 +51,7 @@ class SpectralConfig:
     exact_first_tokens: int = 4
     exact_recent_tokens: int = 64
     exact_bytes: int | None = None
+    fidelity_every: int = 200
     mode: Mode = Mode.SERVE
 
     def to_additional_config(self) -> dict[str, Any]:
@@ -61,6 +63,7 @@ class SpectralConfig:
             "exact_first_tokens": self.exact_first_tokens,
             "exact_recent_tokens": self.exact_recent_tokens,
             "exact_bytes": self.exact_bytes,
+            "fidelity_every": self.fidelity_every,
             "mode": str(self.mode),
         }
         return {CONFIG_KEY: {key: value for key, value in plain.items() if value is not None}}

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any
 
 from fastapi import FastAPI
 
 from vllm_spectral import __version__
-from vllm_spectral.profile.schema import Profile
-from vllm_spectral_server.routes import kv_cache
-from vllm_spectral_server.usage import PoolUsage
+from vllm_spectral_server.metrics import Exporter
+from vllm_spectral_server.monitor import Monitor
+from vllm_spectral_server.routes import dashboard, kv_cache, ready
+from vllm_spectral_server.usage import MIDDLEWARE
 
 
-async def build_app(args: Namespace, engine: Any, usage: PoolUsage, name: str, profile: Profile | None) -> FastAPI:
-    """VLLM's application with our routes added.
+async def build_app(args: Namespace, monitor: Monitor) -> FastAPI:
+    """VLLM's application with our routes and metrics added.
 
     Args:
         args: vLLM's serving arguments.
-        engine: the running engine.
-        usage: the scheduler's view of the pool.
-        name: what the user called the model.
-        profile: the active profile, or None if the stock cache is served.
+        monitor: what knows the cache's state; started.
     """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app as build_vllm_app
 
+    engine = monitor.engine
     tasks = await engine.get_supported_tasks()
+    # vLLM's application is complete when it is handed over: middleware has to be named before.
+    args.middleware = [*args.middleware, MIDDLEWARE]
     app: FastAPI = build_vllm_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
     app.title = "vllm-spectral"
     app.version = __version__
-    app.state.spectral = kv_cache.CacheSource(engine, usage, name, profile)
-    app.include_router(kv_cache.router)
+    app.state.spectral = monitor
+    exporter = Exporter(monitor, engine.model_config.served_model_name)
+    monitor.on_refresh = exporter.update
+    for part in (kv_cache, ready, dashboard):
+        app.include_router(part.router)
     return app

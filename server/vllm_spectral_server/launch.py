@@ -6,20 +6,38 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_spectral.backend.engine import BLOCK_SIZE, cpu_dtype
+from vllm_spectral.backend.scheduler import count_cached_pages
 from vllm_spectral.backend.worker import EXTENSION
 from vllm_spectral.config import CONFIG_KEY, SpectralConfig, parse_config
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.schema import Profile
 from vllm_spectral_server.app import build_app
-from vllm_spectral_server.usage import PoolUsage
+from vllm_spectral_server.monitor import Limits, Monitor
+from vllm_spectral_server.scheduler_view import SchedulerView
 
 
-def serve(model: ModelDescription, name: str, profile: Profile, config: SpectralConfig, flags: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class Watch:
+    """How the server watches itself.
+
+    Attributes:
+        limits: past which figures raise alarms.
+        canary_seconds: pause between two canaries; 0: none, and ``/ready`` says only that the engine runs.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    canary_seconds: float = 60.0
+
+
+def serve(
+    model: ModelDescription, name: str, profile: Profile, config: SpectralConfig, watch: Watch, flags: Sequence[str]
+) -> None:
     """Serve until a signal stops us.
 
     Args:
@@ -27,6 +45,7 @@ def serve(model: ModelDescription, name: str, profile: Profile, config: Spectral
         name: what the user called it; the name it is served under unless the flags say otherwise.
         profile: its profile, verified.
         config: our backend's configuration.
+        watch: how it watches itself.
         flags: vLLM's serving flags.
 
     Raises:
@@ -47,13 +66,17 @@ def serve(model: ModelDescription, name: str, profile: Profile, config: Spectral
         )
     if args.api_server_count not in (None, 1):
         raise ConfigError("--api-server-count is not supported: the memory report needs the one server process")
+    if args.disable_log_stats:
+        raise ConfigError("--disable-log-stats would hide from us what is in use: leave it out")
+    if args.scheduler_cls is not None:
+        raise ConfigError("--scheduler-cls is taken by vllm-spectral")
     args.additional_config = merge_config(args.additional_config, config)
     if args.worker_extension_cls:
         raise ConfigError("--worker-extension-cls is taken by vllm-spectral")
     args.worker_extension_cls = EXTENSION
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    uvloop.run(_run(args, name, profile))
+    uvloop.run(_run(args, name, profile, watch))
 
 
 def default_flags(flags: Sequence[str], name: str) -> list[str]:
@@ -76,15 +99,19 @@ def merge_config(additional: Any, config: SpectralConfig) -> dict[str, Any]:
     return given | config.to_additional_config()
 
 
-async def _run(args: Namespace, name: str, profile: Profile) -> None:
+async def _run(args: Namespace, name: str, profile: Profile, watch: Watch) -> None:
     from vllm import envs
     from vllm.entrypoints.launchers.launcher import serve_http, setup_server
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
     _, sock = setup_server(args, reuse_port=False)
     active = profile if parse_config(args.additional_config, os.environ) else None
-    async with _engine(args) as (engine, usage):
-        app = await build_app(args, engine, usage, name, active)
+    async with AsyncExitStack() as stack:
+        engine, view = await stack.enter_async_context(_engine(args))
+        monitor = Monitor(engine, view, name, active, watch.limits, watch.canary_seconds)
+        await monitor.start()
+        app = await build_app(args, monitor)
+        await stack.enter_async_context(monitor.running())
         log_config = get_uvicorn_log_config(args)
         shutdown = await serve_http(
             app,
@@ -111,7 +138,7 @@ async def _run(args: Namespace, name: str, profile: Profile) -> None:
 
 
 @asynccontextmanager
-async def _engine(args: Namespace) -> AsyncIterator[tuple[Any, PoolUsage]]:
+async def _engine(args: Namespace) -> AsyncIterator[tuple[Any, SchedulerView]]:
     """VLLM's engine with our view of the scheduler's statistics attached."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
@@ -119,16 +146,17 @@ async def _engine(args: Namespace) -> AsyncIterator[tuple[Any, PoolUsage]]:
 
     arguments = AsyncEngineArgs.from_cli_args(args)
     vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    usage = PoolUsage()
+    count_cached_pages(vllm_config)
+    view = SchedulerView()
     engine = AsyncLLM.from_vllm_config(
         vllm_config=vllm_config,
         usage_context=UsageContext.OPENAI_API_SERVER,
         enable_log_requests=arguments.enable_log_requests,
         aggregate_engine_logging=arguments.aggregate_engine_logging,
         disable_log_stats=arguments.disable_log_stats,
-        stat_loggers=[usage.logger],
+        stat_loggers=[view.logger],
     )
     try:
-        yield engine, usage
+        yield engine, view
     finally:
         engine.shutdown(timeout=vllm_config.shutdown_timeout)

@@ -1,38 +1,136 @@
-"""How much of the page pool is in use, as the scheduler last said."""
+"""What a request held in the cache, in its response's ``usage``, for clients that ask.
+
+A client asks with ``"vllm_xargs": {"kv_cache_usage": 1}``; ``usage`` then has one more object, ``kv_cache``, in the response
+or in the stream's last chunk (with ``stream_options.include_usage``). Clients that do not ask see vLLM's bytes untouched.
+Where OpenTelemetry's span of the HTTP request is recorded, it gets the same figures.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
-from vllm.v1.metrics.loggers import StatLoggerBase
+from opentelemetry import trace
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+PATHS = ("/v1/chat/completions", "/v1/completions")
+ASKED_BY = "kv_cache_usage"
+Held = Callable[[int], dict[str, int]]
+"""Tokens and bytes of pages that so many tokens hold."""
+MIDDLEWARE = f"{__name__}.CacheUsage"
 
 
-class PoolUsage:
-    """The latest share of pages in use.
+class CacheUsage:
+    """Middleware, for vLLM's ``--middleware``: the application's monitor is found in its state.
 
-    vLLM reports it with every scheduler step, the step that frees the last request included, so that an idle engine
-    shows what is really held.
+    Args:
+        app: what comes after.
     """
 
-    def __init__(self) -> None:
-        self.fraction = 0.0
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
-    def logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
-        """Factory for vLLM's ``stat_loggers``."""
-        return _Recorder(self, vllm_config, engine_index)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        # A proxy's prefix comes first.
+        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
+            await self._app(scope, receive, send)
+            return
+        messages, body = await _read(receive)
+        asked = _asks(body)
+        span = trace.get_current_span()
+        if not asked and not span.is_recording():
+            await self._app(scope, _replay(messages, receive), send)
+            return
+        editor = _Editor(scope["app"].state.spectral.held, send, asked, span)
+        await self._app(scope, _replay(messages, receive), editor)
 
-    def used_blocks(self, num_blocks: int) -> int:
-        """Blocks in use of ``num_blocks``; vLLM keeps one, the null block, for itself and leaves it out of the share."""
-        return round(self.fraction * (num_blocks - 1))
+
+class _Editor:
+    """Passes a response on, with what is added to its usage."""
+
+    def __init__(self, held: Held, send: Send, asked: bool, span: trace.Span) -> None:
+        self._held, self._send, self._asked, self._span = held, send, asked, span
+        self._start: Message | None = None
+        self._stream = False
+        self._rest = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = dict(message["headers"])
+            self._stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+            if self._stream:
+                await self._send(message)
+            else:
+                self._start = message  # its length is not known yet
+            return
+        if message["type"] != "http.response.body":
+            await self._send(message)
+            return
+        self._rest += message.get("body", b"")
+        more = message.get("more_body", False)
+        if self._stream:
+            # Events end with an empty line; one may arrive in pieces.
+            *events, self._rest = self._rest.split(b"\n\n")
+            body = b"".join(self._edit_event(event) + b"\n\n" for event in events)
+            if not more:
+                body, self._rest = body + self._rest, b""
+            await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        elif not more:
+            body = self._edit(self._rest)
+            assert self._start is not None
+            headers = [(name, value) for name, value in self._start["headers"] if name.lower() != b"content-length"]
+            headers.append((b"content-length", str(len(body)).encode()))
+            await self._send({**self._start, "headers": headers})
+            await self._send({"type": "http.response.body", "body": body})
+
+    def _edit_event(self, event: bytes) -> bytes:
+        if not event.startswith(b"data: {"):
+            return event
+        return b"data: " + self._edit(event.removeprefix(b"data: "))
+
+    def _edit(self, body: bytes) -> bytes:
+        try:
+            answer = json.loads(body)
+            usage = answer.get("usage")
+            choices = max(len(answer.get("choices") or []), 1)
+            # The last token of an answer was never read back: it has no keys and values.
+            tokens = usage["prompt_tokens"] + (usage["completion_tokens"] or 0) - choices
+        except (ValueError, AttributeError, TypeError, KeyError):
+            return body  # an error, or a chunk without usage
+        held = self._held(max(tokens, 0))
+        self._span.set_attributes({f"vllm_spectral.kv_cache.{name}": value for name, value in held.items()})
+        if not self._asked:
+            return body
+        usage["kv_cache"] = held
+        return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-class _Recorder(StatLoggerBase):
-    def __init__(self, usage: PoolUsage, _vllm_config: Any, _engine_index: int) -> None:
-        self._usage = usage
+async def _read(receive: Receive) -> tuple[list[Message], bytes]:
+    messages, body = [], b""
+    while True:
+        message = await receive()
+        messages.append(message)
+        body += message.get("body", b"")
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return messages, body
 
-    def record(self, scheduler_stats: Any, *_args: Any, **_kwargs: Any) -> None:
-        if scheduler_stats is not None:
-            self._usage.fraction = scheduler_stats.kv_cache_usage
 
-    def log_engine_initialized(self) -> None:
-        """Nothing to say at start."""
+def _replay(messages: list[Message], receive: Receive) -> Receive:
+    left = iter(messages)
+
+    async def again() -> Message:
+        return next(left, None) or await receive()
+
+    return again
+
+
+def _asks(body: bytes) -> bool:
+    if ASKED_BY.encode() not in body:
+        return False
+    try:
+        extra: Any = json.loads(body).get("vllm_xargs")
+    except (ValueError, AttributeError):
+        return False  # vLLM will say what is wrong with it
+    return isinstance(extra, dict) and bool(extra.get(ASKED_BY))

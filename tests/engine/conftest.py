@@ -6,10 +6,8 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,21 +18,18 @@ from typing import Any
 import pytest
 
 from benchmarks.texts import write as write_texts
+from deploy.process import START_SECONDS, running
+from deploy.process import command as cli
 from vllm_spectral.backend.engine import cpu_dtype
 from vllm_spectral.models.demo import demo_model
 
 POOL_BYTES = 128 << 20
-START_SECONDS = 300
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "engine" in item.path.parts:
             item.add_marker(pytest.mark.engine)
-
-
-def cli(*argv: str) -> list[str]:
-    return [sys.executable, "-m", "vllm_spectral.cli.main", *argv]
 
 
 @pytest.fixture(scope="session")
@@ -131,34 +126,17 @@ class Server:
         return status, body.decode()
 
 
+@contextlib.contextmanager
+def serving(profile: Path, log: Path, *flags: str) -> Iterator[Server]:
+    """``vllm-spectral serve demo``, as a user starts it."""
+    argv = cli("serve", "demo", "--profile", str(profile), "--api-key", "secret", "--max-model-len", "2048")
+    argv += ["--kv-cache-memory-bytes", str(POOL_BYTES), *flags]
+    with running(argv, log) as process:
+        yield Server(process.url, "secret", log, process.process)
+
+
 @pytest.fixture(scope="session")
 def server(calibrated: Path, work: Path) -> Iterator[Server]:
-    """``vllm-spectral serve demo``, as a user starts it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = work / "server.log"
-    flags = ["--host", "127.0.0.1", "--port", str(port), "--api-key", "secret", "--max-model-len", "2048"]
-    flags += ["--kv-cache-memory-bytes", str(POOL_BYTES)]
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            cli("serve", "demo", "--profile", str(calibrated), *flags), stdout=stream, stderr=subprocess.STDOUT
-        )
-    running = Server(f"http://127.0.0.1:{port}", "secret", log, process)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            assert process.poll() is None, log.read_text()[-6000:]
-            assert time.monotonic() < deadline, log.read_text()[-6000:]
-            with contextlib.suppress(urllib.error.URLError):
-                if running.get("/health")[0] == 200:
-                    break
-            time.sleep(0.5)
+    """The server that most tests ask. It samples and sings often, so that a test need not wait."""
+    with serving(calibrated, work / "server.log", "--canary-seconds", "10", "--fidelity-every", "2") as running:
         yield running
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise

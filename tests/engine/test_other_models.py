@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.conftest import cli
+from deploy.process import command as cli
 from vllm_spectral.profile.storage import load_profile
 
 SHAPES: dict[str, dict[str, Any]] = {

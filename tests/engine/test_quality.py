@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import cli
+from deploy.process import command as cli
 from vllm_spectral.evaluation.candidates import fp8_runs_here
 from vllm_spectral.profile.storage import load_profile
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import openai
 import pytest
@@ -75,9 +76,13 @@ def test_use_is_seen_while_it_lasts(server: Server, client: openai.OpenAI) -> No
     for count, _ in enumerate(stream):
         if count % 16 == 8:
             used.append(server.get("/v1/kv_cache/memory", server.key)[1])
-    assert all(32 <= memory["used_tokens"] <= 128 for memory in used)
+    # The canary may have been there too, with 9 blocks.
+    assert all(32 <= memory["used_tokens"] <= 128 + 288 for memory in used)
     assert all(memory["used_bytes"] == memory["used_tokens"] * memory["bytes_per_token"] for memory in used)
-    assert server.get("/v1/kv_cache/memory", server.key)[1]["used_tokens"] == 0
+    deadline = time.monotonic() + 5
+    while server.get("/v1/kv_cache/memory", server.key)[1]["used_tokens"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_the_key_guards_our_route_too(server: Server) -> None:

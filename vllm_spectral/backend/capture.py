@@ -9,7 +9,7 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
-from vllm_spectral.backend.layers import layer_of, require_supported
+from vllm_spectral.backend.layers import layer_of, positions_of, require_supported
 from vllm_spectral.stats.moments import LayerMoments
 
 
@@ -52,10 +52,6 @@ class CaptureImpl(CPUAttentionBackendImpl):
         """Measure the step's tokens, then attend as stock does."""
         if self.capturing and attn_metadata is not None:
             count = attn_metadata.num_actual_tokens
-            lengths = attn_metadata.query_start_loc.diff()
-            first = (attn_metadata.seq_lens - lengths).repeat_interleave(lengths)
-            offset = attn_metadata.query_start_loc[:-1].repeat_interleave(lengths)
-            positions = torch.arange(count) - offset + first
-            self.moments.add(query[:count], key[:count], value[:count], positions)
+            self.moments.add(query[:count], key[:count], value[:count], positions_of(attn_metadata))
         super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         return output

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
 from vllm_spectral.backend.layers import requests_of
+from vllm_spectral.codec.attention import exact_attention
 from vllm_spectral.rivals import Rival
 from vllm_spectral.rivals.attention import windowed_attention
 
@@ -65,10 +65,6 @@ class DenseImpl(CPUAttentionBackendImpl):
 
     def _attend(self, how: Attend, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if how.rival is None:
-            q, k, v = (tensor.transpose(0, 1).float() for tensor in (query, keys, values))
-            attended = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
-            )
-            return attended.transpose(0, 1)
+            return exact_attention(query, keys, values, self.scale)
         restored = how.rival.restore(keys.float(), values.float())
         return windowed_attention(query, keys, values, restored, how.first, how.recent, self.scale)

@@ -118,6 +118,11 @@ class LayerCopies:
         """Bytes of the layer's copies."""
         return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
 
+    @property
+    def used_bytes(self) -> int:
+        """The part of them that is assigned to tokens."""
+        return self.resident_bytes // self.tier.directory.num_entries * self.tier.directory.used_entries
+
     def of(self, plan: StepPlan) -> Copies:
         """What the kernels may read exactly in a step."""
         window = self.tier.directory.window

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
@@ -19,8 +20,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_spectral.backend.exact_tier import ExactTier, LayerCopies
 from vllm_spectral.backend.layers import layer_of, requests_of, require_supported
 from vllm_spectral.backend.metadata import SpectralMetadata, SpectralMetadataBuilder
+from vllm_spectral.backend.observer import LayerObserver, Observer
 from vllm_spectral.backend.selection import SpectralCPUBackend
-from vllm_spectral.codec.attention import paged_attention
+from vllm_spectral.codec.attention import exact_attention, paged_attention
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.config import SpectralConfig, parse_config
 from vllm_spectral.errors import ConfigError, ProfileDigestError
@@ -96,6 +98,7 @@ class SpectralImpl(CPUAttentionBackendImpl):
         codec: the layer's codec, or None if the layer is exempt.
         copies: the layer's part of the exact tier, or None without one.
         native: the layer's kernels, or None where the torch reference was asked for.
+        seen: the layer's observer, or None if the layer is exempt.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -109,6 +112,7 @@ class SpectralImpl(CPUAttentionBackendImpl):
         self.codec: LayerCodec | None = None
         self.copies: LayerCopies | None = None
         self.native: NativeLayer | None = None
+        self.seen: LayerObserver | None = None
         self._number = -1
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -129,19 +133,32 @@ class SpectralImpl(CPUAttentionBackendImpl):
         if kernels != REFERENCE:
             self.native = NativeLayer(self.codec)
             self._number = register_layer(self.native)
+        self.seen = LayerObserver(self._observer(), index, self.codec, self.copies, self.native, self.scale)
         layer.attn_backend = _paged_backend(profile.slot_bytes)
 
     def _tier(self) -> ExactTier | None:
         """The worker's exact tier, reserved by the first layer that asks."""
         layers = get_layers_from_vllm_config(self._vllm_config, Attention)
-        for other in layers.values():
-            if isinstance(other.impl, SpectralImpl) and other.impl.codec is not None and other.impl is not self:
-                return other.impl.copies.tier if other.impl.copies else None
+        for other in self._others():
+            return other.copies.tier if other.copies else None
         exempt = sum(extract_layer_index(name) in self._config.exempt_layers for name in layers)
         return ExactTier.reserve(
             self._vllm_config, self._config,
             num_layers=len(layers) - exempt, num_heads=self.num_kv_heads, head_dim=self.head_size,
         )  # fmt: skip
+
+    def _observer(self) -> Observer:
+        """The worker's observer, made by the first layer that asks."""
+        for other in self._others():
+            assert other.seen is not None
+            return other.seen.observer
+        return Observer(self._config.fidelity_every)
+
+    def _others(self) -> Iterator[SpectralImpl]:
+        """The compressed layers that are complete already."""
+        for layer in get_layers_from_vllm_config(self._vllm_config, Attention).values():
+            if isinstance(layer.impl, SpectralImpl) and layer.impl.codec is not None and layer.impl is not self:
+                yield layer.impl
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -185,19 +202,40 @@ class SpectralImpl(CPUAttentionBackendImpl):
             return output
         if self.native is not None:
             self._attend_natively(query, key, value, kv_cache, attn_metadata, output)
-            return output
-        plan = attn_metadata.exact
+        else:
+            self._attend_by_reference(query, key, value, kv_cache, attn_metadata, output)
+        if attn_metadata.watch is not None:
+            assert self.seen is not None
+            self.seen.see(attn_metadata.watch, query, key, value, kv_cache, attn_metadata, attn_metadata.exact)
+        if attn_metadata.all_exact:
+            self._attend_exactly(query, key, value, attn_metadata, output)
+        return output
+
+    def _attend_exactly(
+        self, query: Tensor, key: Tensor, value: Tensor, metadata: SpectralMetadata, output: Tensor
+    ) -> None:
+        """Overwrite the output of requests whose whole context is in this step."""
+        assert self.seen is not None
+        for _, rows, context_len in requests_of(metadata):
+            if context_len == rows.stop - rows.start:
+                output[rows] = exact_attention(query[rows], key[rows], value[rows], self.scale).view_as(output[rows])
+                self.seen.observer.exact_requests += 1
+
+    def _attend_by_reference(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: SpectralMetadata, output: Tensor
+    ) -> None:
+        assert self.codec is not None
+        plan = metadata.exact
         if self.copies is not None and plan is not None:
             # Before anything is read: a request of this step may share a prefix that another one is just writing.
             self.copies.write(plan, key, value)
-        for request, rows, context_len in requests_of(attn_metadata):
+        for request, rows, context_len in requests_of(metadata):
             exact = None
             if self.copies is not None and plan is not None:
                 exact = self.copies.read(plan, request, context_len, key[rows], value[rows])
-            blocks = attn_metadata.block_table[request]
+            blocks = metadata.block_table[request]
             result = paged_attention(query[rows], kv_cache, blocks, context_len, self.codec, self.scale, exact)
             output[rows] = result.view_as(output[rows])
-        return output
 
     def _attend_natively(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: SpectralMetadata, output: Tensor

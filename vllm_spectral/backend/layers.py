@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
@@ -32,6 +34,14 @@ def requests_of(metadata: CPUAttentionMetadata) -> Iterator[tuple[int, slice, in
         rows = slice(starts[request], starts[request + 1])
         if rows.start < rows.stop:
             yield request, rows, context_len
+
+
+def positions_of(metadata: CPUAttentionMetadata) -> Tensor:
+    """``[num_tokens]`` int64: the place of every token of the step in its request."""
+    lengths: Tensor = metadata.query_start_loc.diff()
+    first: Tensor = (metadata.seq_lens - lengths).repeat_interleave(lengths)
+    offset: Tensor = metadata.query_start_loc[:-1].repeat_interleave(lengths)
+    return torch.arange(len(first)) - offset + first
 
 
 def require_supported(impl: CPUAttentionBackendImpl, name: str) -> None:

@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
 from vllm_spectral.backend.exact_tier import LayerCopies
+from vllm_spectral.backend.observer import Observer, Watch
 from vllm_spectral.errors import UnsupportedModelError
 from vllm_spectral.exact.directory import StepPlan
 from vllm_spectral.kernels.layer import Requests
@@ -21,9 +22,18 @@ logger = init_logger("vllm.spectral")
 
 @dataclass
 class SpectralMetadata(CPUAttentionMetadata):
-    """Stock metadata without the stock kernel's schedule, and the exact tier's plan for the step; None without a tier."""
+    """Stock metadata without the stock kernel's schedule, and what is ours.
+
+    Attributes:
+        exact: the exact tier's plan for the step; None without a tier.
+        watch: what is sampled in the step; None for most.
+        all_exact: whether a request whose whole prompt is in this step is answered as by an exact cache: the canary's
+            reference.
+    """
 
     exact: StepPlan | None = None
+    watch: Watch | None = None
+    all_exact: bool = False
 
     @property
     def requests(self) -> Requests:
@@ -38,8 +48,10 @@ class SpectralMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(*args, **kwargs)
         layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
         # All layers of the group share the tier; weights are loaded, so that they have it by now.
-        copies: LayerCopies | None = next(iter(layers.values())).impl.copies
+        impl = next(iter(layers.values())).impl
+        copies: LayerCopies | None = impl.copies
         self._tier = copies.tier if copies else None
+        self._observer: Observer = impl.seen.observer
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> SpectralMetadata:
         """As the stock builder, from its ``CommonAttentionMetadata``; what only helps other kernels is not used."""
@@ -47,6 +59,7 @@ class SpectralMetadataBuilder(CPUAttentionMetadataBuilder):
         common: CommonAttentionMetadata = common_attn_metadata
         if common.causal is not True:
             raise UnsupportedModelError("this step's attention is not causal, which spectral pages do not support")
+        plan = self._plan(common)
         return SpectralMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -56,7 +69,9 @@ class SpectralMetadataBuilder(CPUAttentionMetadataBuilder):
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             scheduler_metadata=None,
-            exact=self._plan(common),
+            exact=plan,
+            watch=self._observer.step(common.query_start_loc.diff(), common.seq_lens, plan),
+            all_exact=self._observer.exact,
         )
 
     def _plan(self, common: CommonAttentionMetadata) -> StepPlan | None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_spectral.backend.capture import CaptureImpl
 from vllm_spectral.backend.dense import Attend
 from vllm_spectral.backend.impl import SpectralImpl
+from vllm_spectral.backend.observer import Observer, moments_of
 from vllm_spectral.kernels.library import REFERENCE
 from vllm_spectral.stats.fidelity import compare_logits
 from vllm_spectral.stats.memory import LayerMemory, WorkerMemory
@@ -20,6 +25,11 @@ from vllm_spectral.stats.moments import LayerMoments
 EXTENSION = f"{__name__}.WorkerExtension"
 """For vLLM's ``worker_extension_cls``."""
 _LOGIT_ROWS = 128
+
+
+def _resident_bytes() -> int:
+    """Resident memory of this process (``proc(5)``: the second field of ``statm``, in pages)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class WorkerExtension:
@@ -42,29 +52,68 @@ class WorkerExtension:
         """CALIBRATE: this rank's moments since they were last asked for, in the order of layers."""
         return [layer.impl.take() for _, layer in self._spectral_layers() if isinstance(layer.impl, CaptureImpl)]
 
+    def _spectral_compressed(self) -> list[SpectralImpl]:
+        impls = (layer.impl for _, layer in self._spectral_layers())
+        return [impl for impl in impls if isinstance(impl, SpectralImpl) and impl.codec is not None]
+
     def spectral_memory(self) -> dict[str, Any]:
         """What this rank keeps resident for the cache, in the form of :meth:`WorkerMemory.to_wire`."""
-        layers, shared, exact, kernels = [], 0, 0, ""
+        layers, exact_used = [], 0
         for name, layer in self._spectral_layers():
-            compressed = isinstance(layer.impl, SpectralImpl) and layer.impl.codec is not None
-            pages = layer.kv_cache
-            if compressed:
-                shared = layer.impl.codec.codebooks.resident_bytes
-                kernels = layer.impl.native.isa if layer.impl.native else REFERENCE
-                if layer.impl.copies is not None:
-                    exact += layer.impl.copies.resident_bytes
-            layers.append(
-                LayerMemory.of_codec(name, layer.impl.codec, layer.impl.num_heads, pages, layer.impl.native)
-                if compressed
-                else LayerMemory.of_dense(name, pages)
-            )
-        return WorkerMemory(tuple(layers), shared, exact, kernels).to_wire()
+            impl, pages = layer.impl, layer.kv_cache
+            if not isinstance(impl, SpectralImpl) or impl.codec is None:
+                layers.append(LayerMemory.of_dense(name, pages))
+                continue
+            exact = impl.copies.resident_bytes if impl.copies else 0
+            if impl.copies:
+                exact_used += impl.copies.used_bytes
+            layers.append(LayerMemory.of_codec(name, impl.codec, impl.num_heads, pages, impl.native, exact))
+        first = next(iter(self._spectral_compressed()), None)
+        config = self.model_runner.kv_cache_config
+        return WorkerMemory(
+            layers=tuple(layers),
+            num_blocks=config.num_blocks,
+            allocated_bytes=sum(tensor.size for tensor in config.kv_cache_tensors),
+            shared_bytes=first.codec.codebooks.resident_bytes if first and first.codec else 0,
+            exact_used_bytes=exact_used,
+            process_bytes=_resident_bytes(),
+            kernels=(first.native.isa if first.native else REFERENCE) if first else "",
+            rank=get_tensor_model_parallel_rank(),
+        ).to_wire()
+
+    def _spectral_observer(self) -> Observer | None:
+        for impl in self._spectral_compressed():
+            assert impl.seen is not None
+            return impl.seen.observer
+        return None
+
+    def spectral_fidelity(self) -> dict[str, Any] | None:
+        """What sampling found, with the probes since this was last asked; None for the stock cache."""
+        observer = self._spectral_observer()
+        return observer.report() if observer else None
+
+    def spectral_live_moments(self) -> bytes | None:
+        """Moments of live traffic, a safetensors file by ``layer.name``; None for the stock cache."""
+        observer = self._spectral_observer()
+        return save(moments_of(observer.layers)) if observer else None
+
+    def spectral_expect_canary(self, num_tokens: int) -> None:
+        """Probe all layers in the step that prefills the canary."""
+        if observer := self._spectral_observer():
+            observer.expect(num_tokens)
+
+    def spectral_answer_exactly(self, enabled: bool) -> int:
+        """Answer whole prompts as an exact cache would, or stop; how many (request, layer) pairs were, since the start."""
+        observer = self._spectral_observer()
+        assert observer is not None
+        observer.exact = enabled
+        return observer.exact_requests
 
     def spectral_exact_counters(self) -> dict[str, int]:
         """Running totals of the exact tier, in the words of :class:`ExactCounters`; empty without a tier."""
-        for _, layer in self._spectral_layers():
-            if isinstance(layer.impl, SpectralImpl) and layer.impl.copies is not None:
-                directory = layer.impl.copies.tier.directory
+        for impl in self._spectral_compressed():
+            if impl.copies is not None:
+                directory = impl.copies.tier.directory
                 return vars(directory.counters) | {"entries": directory.num_entries, "used": directory.used_entries}
         return {}
 

@@ -15,6 +15,7 @@ from vllm_spectral import __version__
 from vllm_spectral.calibration.allocate import hadamard_layer, spectral_layer
 from vllm_spectral.calibration.breadth import excess_error
 from vllm_spectral.calibration.prompts import OPENINGS, QUESTIONS
+from vllm_spectral.calibration.traffic import traffic_moments
 from vllm_spectral.codec.codebook import MAX_BITS, Codebooks, normal_codebooks
 from vllm_spectral.codec.layout import slot_bytes_for
 from vllm_spectral.config import Mode, SpectralConfig
@@ -56,6 +57,8 @@ class CalibrationRequest:
         bits: stored bits per element, scales included.
         basis: kind of basis.
         texts: the user's files; empty for the built-in prompts.
+        traffic: address of a server whose live moments are taken instead; None to measure.
+        api_key: its key.
         seed: seed of sampling and signs.
     """
 
@@ -64,6 +67,8 @@ class CalibrationRequest:
     bits: float = 4.0
     basis: BasisKind = "spectral"
     texts: tuple[Path, ...] = ()
+    traffic: str | None = None
+    api_key: str | None = None
     seed: int = 0
 
     def check(self) -> None:
@@ -76,6 +81,8 @@ class CalibrationRequest:
             raise ConfigError(f"--bits must be between {MIN_BITS} and {MAX_BITS}, got {self.bits:g}")
         if self.basis == "hadamard" and self.texts:
             raise ConfigError("--basis hadamard measures nothing: leave out --text, or use --basis spectral")
+        if self.traffic and (self.texts or self.basis == "hadamard"):
+            raise ConfigError("--from-traffic takes what a server measured: leave out --text and --basis hadamard")
         self.model.require_supported()
         read_texts(self.texts)
 
@@ -116,7 +123,11 @@ def calibrate(
         SpectralError: for bad input, before any model is loaded.
     """
     request.check()
-    measured = None if request.basis == "hadamard" else measure(request, progress=progress)
+    measured = None
+    if request.traffic:
+        measured = Measured(traffic_moments(request.traffic, request.api_key, request.model), None)
+    elif request.basis != "hadamard":
+        measured = measure(request, progress=progress)
     return build(request, measured, warn=warn)
 
 
@@ -134,8 +145,8 @@ def build(
             for index in range(model.num_layers)
         ]
     else:
-        source = ", ".join(file.name for file in request.texts) or "built-in prompts"
-        num_tokens = measured.moments[0].num_tokens
+        source = "live traffic" if request.traffic else ", ".join(f.name for f in request.texts) or "built-in prompts"
+        num_tokens = min(layer.num_tokens for layer in measured.moments)
         layers = [spectral_layer(layer, slot_bytes) for layer in measured.moments]
         if measured.broad is not None:
             excess = excess_error(layers, measured.moments, measured.broad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ Measure a model's keys and values and write a profile.
 
 Without --text, the model answers built-in prompts (prose, code, mathematics, dialogue, several languages) and is
 measured on the result: no data set is needed. With --text it is measured on your files; text like that which you will
-serve gives the best profile. --basis hadamard measures nothing and needs neither.
+serve gives the best profile. With --from-traffic URL it is not measured at all: a running server hands over the second
+moments that it gathered from what it serves (moments only, no text). --basis hadamard measures nothing and needs neither.
 """
 
 
@@ -40,6 +42,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--bits", type=float, help="stored bits per KV element, scales included (the preset's: 4.0)")
     parser.add_argument("--basis", choices=("spectral", "hadamard"), help="kind of basis (the preset's: spectral)")
     parser.add_argument("--text", metavar="FILE", type=Path, nargs="+", default=[], help="your own UTF-8 text")
+    parser.add_argument(
+        "--from-traffic", metavar="URL", help="take what the vllm-spectral server at URL gathered from its live traffic"
+    )
+    parser.add_argument(
+        "--api-key", metavar="KEY", default=os.environ.get("VLLM_API_KEY"), help="that server's key ($VLLM_API_KEY)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal profiles (0)")
     add_verbose(parser)
     parser.set_defaults(run=run)
@@ -59,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         bits=PRESETS[args.preset].bits if args.bits is None else args.bits,
         basis=args.basis or PRESETS[args.preset].basis,
         texts=tuple(args.text),
+        traffic=args.from_traffic,
+        api_key=args.api_key,
         seed=args.seed,
     )
     profile = save_profile(calibrate(request, warn=warn), args.output)

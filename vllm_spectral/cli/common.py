@@ -34,11 +34,11 @@ def add_exact(parser: argparse.ArgumentParser) -> None:
         "exact tier", "tokens of every request that are read uncompressed, from a pool beside the compressed pages"
     )
     group.add_argument(
-        "--exact-first-tokens", metavar="N", type=_count, default=defaults.exact_first_tokens,
+        "--exact-first-tokens", metavar="N", type=count, default=defaults.exact_first_tokens,
         help="the request's first tokens (%(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--exact-recent-tokens", metavar="N", type=_count, default=defaults.exact_recent_tokens,
+        "--exact-recent-tokens", metavar="N", type=count, default=defaults.exact_recent_tokens,
         help="its most recent tokens (%(default)s)",
     )  # fmt: skip
     group.add_argument(
@@ -81,14 +81,26 @@ def exact_fields(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A whole number of 0 or more, for argparse."""
     value = int(text)
     if value < 0:
         raise ValueError
     return value
 
 
-_count.__name__ = "whole number"
+count.__name__ = "whole number"
+
+
+def number(text: str) -> float:
+    """A finite number of 0 or more, for argparse."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
+number.__name__ = "number of 0 or more"
 
 
 def _size(text: str) -> int:

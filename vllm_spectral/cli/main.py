@@ -7,16 +7,17 @@ import sys
 from collections.abc import Sequence
 
 from vllm_spectral import __version__
-from vllm_spectral.cli import calibrate, demo_model, doctor, evaluate, inspect, serve
+from vllm_spectral.cli import calibrate, demo_model, doctor, evaluate, inspect, serve, top
 from vllm_spectral.errors import SpectralError
 
-_COMMANDS = (calibrate, inspect, serve, evaluate, doctor, demo_model)
+_COMMANDS = (calibrate, inspect, serve, top, evaluate, doctor, demo_model)
 _EPILOG = """\
 typical use:
   vllm-spectral doctor demo                            can this model be served?
   vllm-spectral calibrate demo -o demo.spectral        once per model
   vllm-spectral inspect demo.spectral --plot demo.png  what was learned
   vllm-spectral serve demo --profile demo.spectral     an OpenAI server on port 8000
+  vllm-spectral top http://localhost:8000              what its cache costs and does, live
 
 MODEL is a directory, a hub name (owner/name), or the word demo: SmolLM2-135M-Instruct, embedded.
 Bad input is answered by one line and exit code 2, before any model is loaded.

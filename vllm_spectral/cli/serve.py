@@ -10,11 +10,13 @@ from vllm_spectral.cli.common import (
     MODEL_HELP,
     add_exact,
     add_exempt,
+    count,
     described,
     exact_fields,
     exempt_layers,
     for_workers,
     load_for,
+    number,
     warn,
 )
 from vllm_spectral.config import DISABLE_VARIABLE, SpectralConfig
@@ -25,10 +27,11 @@ _DESCRIPTION = f"""\
 Serve a model through the OpenAI API from compressed KV pages.
 
 All other flags are vLLM's own and are passed through: --host, --port, --api-key, --max-model-len,
---kv-cache-memory-bytes, --tensor-parallel-size, ... (see `vllm serve --help=all`). Beside vLLM's routes there is
-GET /v1/kv_cache/memory. Where a flag is not given, these differ from vLLM's defaults: the model is served under the
-name MODEL; on the CPU also --enforce-eager (vLLM 0.32 gives wrong text when it compiles for the CPU), --block-size 32,
-and --dtype float32 if the CPU has no bf16 arithmetic. {DISABLE_VARIABLE}=1 serves the same model with the stock cache.
+--kv-cache-memory-bytes, --tensor-parallel-size, ... (see `vllm serve --help=all`). Beside vLLM's routes there are
+GET /v1/kv_cache/memory, fidelity, profile and traffic, GET /ready and the page /dashboard. Where a flag is not given,
+these differ from vLLM's defaults: the model is served under the name MODEL; on the CPU also --enforce-eager (vLLM 0.32
+gives wrong text when it compiles for the CPU), --block-size 32, and --dtype float32 if the CPU has no bf16 arithmetic.
+{DISABLE_VARIABLE}=1 serves the same model with the stock cache.
 """
 
 
@@ -47,6 +50,31 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--profile", metavar="PROFILE", type=Path, required=True, help="made by `calibrate`")
     add_exempt(parser)
     add_exact(parser)
+    watch = parser.add_argument_group(
+        "watching", "what the server finds out about its own answers; see GET /ready, /dashboard and docs/metrics.md"
+    )
+    watch.add_argument(
+        "--fidelity-every", metavar="STEPS", type=count, default=SpectralConfig().fidelity_every,
+        help="sample one step in so many, about (%(default)s); 0: none",
+    )  # fmt: skip
+    watch.add_argument(
+        "--canary-seconds", metavar="SECONDS", type=number, default=60.0,
+        help="pause between two runs of a fixed prompt whose exact answer is known (%(default)g); 0: none, and /ready says "
+        "no more than that the engine runs",
+    )  # fmt: skip
+    watch.add_argument(
+        "--canary-kl", metavar="NATS", type=number, default=0.25,
+        help="divergence of the canary's predictions from which /ready answers 503 (%(default)g)",
+    )  # fmt: skip
+    watch.add_argument(
+        "--error-limit", metavar="RATIO", type=number, default=1.5,
+        help="stored error of a layer over what the profile predicts: on the canary it fails /ready, on traffic it raises "
+        "an alarm (%(default)g)",
+    )  # fmt: skip
+    watch.add_argument(
+        "--drift-limit", metavar="SHARE", type=number, default=0.08,
+        help="share of the energy outside the profile's leading channels, likewise (%(default)g)",
+    )  # fmt: skip
     parser.set_defaults(run=run, passes_flags_on=True)
 
 
@@ -72,8 +100,10 @@ def run(args: argparse.Namespace) -> int:
     profile = load_for(model, path)
     exempt = exempt_layers(args, model)
     _warn_of_key_biases(model, exempt)
-    config = SpectralConfig(path, profile.digest, exempt, **exact_fields(args))
-    from vllm_spectral_server.launch import serve
+    config = SpectralConfig(path, profile.digest, exempt, fidelity_every=args.fidelity_every, **exact_fields(args))
+    from vllm_spectral_server.launch import Watch, serve
+    from vllm_spectral_server.monitor import Limits
 
-    serve(model, args.model, profile, config, args.rest)
+    watch = Watch(Limits(args.error_limit, args.drift_limit, args.canary_kl), args.canary_seconds)
+    serve(model, args.model, profile, config, watch, args.rest)
     return 0

@@ -129,6 +129,22 @@ def paged_attention(
     return (turned + plain).float().transpose(1, 2).reshape(num_queries, num_query_heads, head_dim)
 
 
+def exact_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention of one request's tokens over themselves, nothing compressed: what an exact cache answers.
+
+    Args:
+        query: ``[num_tokens, num_query_heads, head_dim]``.
+        keys, values: ``[num_tokens, num_heads, head_dim]``.
+        scale: factor of the scores.
+
+    Returns:
+        ``[num_tokens, num_query_heads, head_dim]`` float32.
+    """
+    q, k, v = (tensor.transpose(0, 1).float() for tensor in (query, keys, values))
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return attended.transpose(0, 1)
+
+
 def _query_tiles(num_queries: int) -> list[slice]:
     return [slice(low, min(low + QUERY_TILE_TOKENS, num_queries)) for low in range(0, num_queries, QUERY_TILE_TOKENS)]
 

@@ -23,7 +23,7 @@ class Provenance:
     Attributes:
         basis: kind of basis.
         requested_bits: the ``--bits`` it was made for.
-        text_source: ``"none"``, ``"built-in prompts"`` or the names of the user's files.
+        text_source: ``"none"``, ``"built-in prompts"``, ``"live traffic"`` or the names of the user's files.
         num_tokens: tokens whose keys and values were measured.
         seed: seed of sampling and signs.
         created: ISO 8601 date; the only field outside the digest, so that equal calibrations have equal digests.

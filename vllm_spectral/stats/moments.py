@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,31 @@ class LayerMoments:
         self.value_sum += value.double().sum(0)
         self.num_tokens += key.shape[0]
         self.num_queries += query.shape[0]
+
+    def halve(self) -> None:
+        """Let what was measured so far count half: for means that follow what is measured."""
+        for name, value in vars(self).items():
+            setattr(self, name, value // 2 if isinstance(value, int) else value / 2)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All sums and counts by name, as tensors: what a file or a message holds."""
+        return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerMoments:
+        """The inverse of :meth:`to_tensors`."""
+        moments = cls(*tensors["value_sum"].shape)
+        for name, value in vars(moments).items():
+            setattr(moments, name, int(tensors[name]) if isinstance(value, int) else tensors[name])
+        return moments
+
+    @classmethod
+    def joined(cls, ranks: Sequence[LayerMoments]) -> LayerMoments:
+        """The heads of several tensor-parallel ranks, one after the other; the counts are the first one's."""
+        moments = cls(0, 0)
+        for name, value in vars(ranks[0]).items():
+            setattr(moments, name, value if isinstance(value, int) else torch.cat([getattr(r, name) for r in ranks]))
+        return moments
 
 
 def _outer_sum(vectors: Tensor) -> Tensor:

@@ -1,83 +1,202 @@
-"""``GET /v1/kv_cache/memory``: what the cache costs, in bytes."""
+"""``/v1/kv_cache``: what the cache costs, what it does to answers, and what it was made from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import dataclasses
+import time
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from safetensors.torch import save
 
+from vllm_spectral.profile.report import summarize
 from vllm_spectral.profile.schema import Profile
-from vllm_spectral.stats.memory import MemoryReport, WorkerMemory
-from vllm_spectral_server.schemas import CacheMemory, LayerCost, ProfileIdentity
-from vllm_spectral_server.usage import PoolUsage
+from vllm_spectral.stats.memory import LayerMemory
+from vllm_spectral_server.monitor import LayerState, Monitor
+from vllm_spectral_server.schemas import (
+    CacheFidelity,
+    CacheMemory,
+    CacheProfile,
+    CanaryState,
+    FidelityPoint,
+    LayerCost,
+    LayerFidelity,
+    LayerSpectrum,
+    ProfileIdentity,
+    RankMemory,
+    Traffic,
+)
 
-router = APIRouter(tags=["kv cache"])
-
-
-@dataclass
-class CacheSource:
-    """Where the route's figures come from.
-
-    Attributes:
-        engine: vLLM's engine; the workers are asked once, since their sizes are fixed at start.
-        usage: the scheduler's view of the pool.
-        model: what the user called the model.
-        profile: the active profile, or None.
-    """
-
-    engine: Any
-    usage: PoolUsage
-    model: str
-    profile: Profile | None
-    _workers: list[WorkerMemory] | None = None
-
-    async def report(self) -> MemoryReport:
-        """The figures of this moment."""
-        if self._workers is None:
-            answers = await self.engine.collective_rpc("spectral_memory")
-            self._workers = [WorkerMemory.from_wire(answer) for answer in answers]
-        cache = self.engine.vllm_config.cache_config
-        return MemoryReport.gather(
-            self._workers,
-            num_blocks=cache.num_gpu_blocks,
-            block_size=cache.block_size,
-            used_blocks=self.usage.used_blocks(cache.num_gpu_blocks),
-        )
+router = APIRouter(prefix="/v1/kv_cache", tags=["kv cache"])
 
 
-@router.get("/v1/kv_cache/memory")
-async def memory(request: Request) -> CacheMemory:
-    """What the KV cache costs, and what bf16 would have held in the same bytes."""
-    source: CacheSource = request.app.state.spectral
-    report = await source.report()
+def monitor_of(request: Request) -> Monitor:
+    """The application's monitor."""
+    monitor: Monitor = request.app.state.spectral
+    return monitor
+
+
+Watching = Annotated[Monitor, Depends(monitor_of)]
+
+
+def _served(monitor: Watching) -> Profile:
+    if monitor.profile is None:
+        raise HTTPException(404, "the stock cache is served: there is no profile")
+    return monitor.profile
+
+
+Served = Annotated[Profile, Depends(_served)]
+
+
+@router.get("/memory")
+async def memory(monitor: Watching) -> CacheMemory:
+    """What the KV cache costs, and what bf16 and fp8 would have held in the same bytes."""
+    report, profile = monitor.memory, monitor.profile
     return CacheMemory(
-        model=source.model,
-        profile=ProfileIdentity(digest=source.profile.digest, name=source.profile.name) if source.profile else None,
-        num_blocks=report.num_blocks,
-        block_size_tokens=report.block_size_tokens,
-        pool_bytes=report.pool_bytes,
-        used_bytes=report.used_bytes,
-        used_tokens=report.used_tokens,
-        capacity_tokens=report.capacity_tokens,
-        uncompressed_capacity_tokens=report.uncompressed_capacity_tokens,
-        bytes_per_token=report.bytes_per_token,
-        uncompressed_bytes_per_token=report.uncompressed_bytes_per_token,
-        compression_ratio=report.compression_ratio,
-        exact_tier_bytes=report.exact_tier_bytes,
-        kernels=report.workers[0].kernels,
-        workspace_bytes=report.workspace_bytes,
-        profile_bytes=report.profile_bytes,
-        effective_compression_ratio=report.effective_compression_ratio,
-        effective_bits_per_element=report.effective_bits_per_element,
-        layers=[
-            LayerCost(
-                name=layer.name,
-                slot_bytes=layer.slot_bytes,
-                key_bits=layer.key_bits,
-                value_bits=layer.value_bits,
-                compressed=layer.compressed,
+        model=monitor.model,
+        profile=ProfileIdentity(digest=profile.digest, name=profile.name) if profile else None,
+        layers=[_cost(layer) for layer in report.layers],
+        ranks=[
+            RankMemory(
+                data_parallel_rank=index,
+                tensor_parallel_rank=worker.rank,
+                pool_bytes=worker.pool_bytes,
+                allocated_bytes=worker.allocated_bytes,
+                exact_tier_bytes=worker.exact_tier_bytes,
+                workspace_bytes=worker.workspace_bytes,
+                profile_bytes=worker.profile_bytes,
+                process_bytes=worker.process_bytes,
+                layers=[_cost(layer) for layer in worker.layers],
             )
-            for layer in report.layers
+            for index, engine in enumerate(report.engines)
+            for worker in engine.workers
         ],
+        **{name: getattr(report, name) for name in _PLAIN},
+    )
+
+
+_PLAIN = CacheMemory.model_fields.keys() - {"model", "profile", "layers", "ranks"}
+
+
+def _cost(layer: LayerMemory) -> LayerCost:
+    return LayerCost(
+        name=layer.name,
+        slot_bytes=layer.slot_bytes,
+        key_bits=layer.key_bits,
+        value_bits=layer.value_bits,
+        compressed=layer.compressed,
+        page_bytes=layer.page_bytes,
+        exact_tier_bytes=layer.exact_bytes,
+        static_bytes=layer.static_bytes,
+    )
+
+
+@router.get("/fidelity")
+async def fidelity(monitor: Watching) -> CacheFidelity:
+    """What compression does to the answers: sampled from live steps, and from the canary."""
+    return CacheFidelity(
+        every_steps=monitor.every,
+        sampled_steps=monitor.sampled_steps,
+        sampling_seconds=monitor.sampling_seconds,
+        drift_limit=monitor.limits.drift,
+        error_ratio_limit=monitor.limits.error_ratio,
+        alarms=monitor.alarms,
+        canary=canary_state(monitor),
+        layers=[_fidelity(state) for state in monitor.layers],
+        history=[FidelityPoint.model_validate(entry) for entry in monitor.history],
+    )
+
+
+def _fidelity(state: LayerState) -> LayerFidelity:
+    return LayerFidelity(
+        layer=state.layer,
+        samples=state.samples,
+        time=state.time,
+        output_error=state.figures.get("output_error"),
+        attention_kl=state.figures.get("attention_kl"),
+        error_ratio=state.error_ratio,
+        fallback_share=state.figures.get("fallback_share"),
+        clipped_share=state.figures.get("clipped_share"),
+        key_drift=state.key_drift,
+        value_drift=state.value_drift,
+        drift=state.drift,
+        moment_tokens=state.moment_tokens,
+    )
+
+
+def canary_state(monitor: Monitor) -> CanaryState:
+    """The canary, as a body."""
+    canary = monitor.canary
+    return CanaryState(
+        state=canary.state,
+        time=canary.time,
+        runs=canary.runs,
+        failures=canary.failures,
+        kl=canary.verdict.kl if canary.verdict else None,
+        kl_limit=canary.kl_limit,
+        top1_agreement=canary.verdict.top1 if canary.verdict else None,
+        worst_layer=canary.worst_layer,
+        worst_error_ratio=max((check.error_ratio for check in canary.layers.values()), default=None),
+        worst_drift=max((check.drift for check in canary.layers.values()), default=None),
+        error_ratio_limit=canary.error_ratio_limit,
+        drift_limit=canary.drift_limit,
+        message=canary.message,
+    )
+
+
+@router.get("/profile", responses={404: {"description": "the stock cache is served"}})
+async def profile(served: Served) -> CacheProfile:
+    """The active profile: where it comes from, its spectra and bits."""
+    summary = dataclasses.asdict(summarize(served))
+    layers = [
+        LayerSpectrum(
+            layer=facts.pop("index"),
+            key_spectrum=_shares(layer.key_spectrum),
+            value_spectrum=_shares(layer.value_spectrum),
+            key_channel_bits=layer.key_bits.float().mean(0).tolist(),
+            value_channel_bits=layer.value_bits.float().mean(0).tolist(),
+            **facts,
+        )
+        for facts, layer in zip(summary.pop("layers"), served.layers, strict=True)
+    ]
+    return CacheProfile(layers=layers, **summary)
+
+
+def _shares(spectrum: object) -> list[float]:
+    import torch
+
+    assert isinstance(spectrum, torch.Tensor)
+    mean = spectrum.double().mean(0)
+    shares: list[float] = (mean / mean.sum().clamp_min(1e-30)).tolist()
+    return shares
+
+
+@router.get(
+    "/moments",
+    response_class=Response,
+    responses={200: {"content": {"application/octet-stream": {}}}, 404: {"description": "the stock cache is served"}},
+)
+async def moments(served: Served, monitor: Watching) -> Response:
+    """Second moments of recent live keys, values and queries, a safetensors file: what ``calibrate --from-traffic`` reads.
+
+    Sums over tokens, no text and no single vector.
+    """
+    return Response(
+        save(await monitor.live_moments(), {"profile": served.digest}), media_type="application/octet-stream"
+    )
+
+
+@router.get("/traffic")
+async def traffic(monitor: Watching) -> Traffic:
+    """Requests and tokens."""
+    view = monitor.view
+    prompt, generated = view.tokens_per_second()
+    return Traffic(
+        time=time.time(),
+        prompt_tokens_per_second=prompt,
+        generated_tokens_per_second=generated,
+        **{
+            name: view.total(name)
+            for name in ("running", "waiting", "prompt_tokens", "generated_tokens", "preemptions")
+        },
     )

@@ -1,0 +1,96 @@
+"""What the schedulers last said: pages in use, requests, tokens."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from vllm_spectral.backend.scheduler import CACHED_KEY, USED_KEY
+
+RATE_SECONDS = 10.0
+
+
+@dataclass
+class EngineView:
+    """One engine, as of its last step.
+
+    vLLM reports with every scheduler step, the step that frees the last request included, so that an idle engine shows what
+    is really held.
+
+    Attributes:
+        used_blocks: held by requests; vLLM keeps one more, the null block, for itself.
+        cached_blocks: held by none, still serving prefix hits.
+        running, waiting: requests.
+        prompt_tokens, generated_tokens, preemptions: since the start.
+    """
+
+    used_blocks: int = 0
+    cached_blocks: int = 0
+    running: int = 0
+    waiting: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass
+class SchedulerView:
+    """All engines of this server.
+
+    Attributes:
+        engines: by data-parallel rank.
+    """
+
+    engines: dict[int, EngineView] = field(default_factory=dict)
+    _recent: deque[tuple[float, int, int]] = field(default_factory=deque)
+
+    def logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
+        """Factory for vLLM's ``stat_loggers``."""
+        self.engines[engine_index] = EngineView()
+        return _Recorder(self, vllm_config, engine_index)
+
+    def total(self, name: str) -> int:
+        """A figure summed over the engines."""
+        return sum(getattr(engine, name) for engine in self.engines.values())
+
+    def tokens_per_second(self) -> tuple[float, float]:
+        """Prompt and generated tokens per second over the last :data:`RATE_SECONDS`."""
+        self._forget(time.monotonic())
+        return tuple(sum(entry[i] for entry in self._recent) / RATE_SECONDS for i in (1, 2))  # type: ignore[return-value]
+
+    def _forget(self, now: float) -> None:
+        while self._recent and self._recent[0][0] < now - RATE_SECONDS:
+            self._recent.popleft()
+
+    def record(self, engine_index: int, scheduler: Any, iteration: Any) -> None:
+        """Take in what vLLM says after a step; either part may be None."""
+        view = self.engines[engine_index]
+        if scheduler is not None:
+            counts = scheduler.num_kv_fetch_reqs_by_stage
+            # Ours ride in a table that vLLM's own loggers read after us.
+            view.used_blocks, view.cached_blocks = counts.pop(USED_KEY, 0), counts.pop(CACHED_KEY, 0)
+            view.running = scheduler.num_running_reqs
+            view.waiting = scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs
+        if iteration is not None:
+            now = time.monotonic()
+            prompt, generated = iteration.prompt_token_stats.computed, iteration.num_generation_tokens
+            view.prompt_tokens += prompt
+            view.generated_tokens += generated
+            view.preemptions += iteration.num_preempted_reqs
+            self._recent.append((now, prompt, generated))
+            self._forget(now)
+
+
+class _Recorder(StatLoggerBase):
+    def __init__(self, view: SchedulerView, _vllm_config: Any, engine_index: int) -> None:
+        self._view, self._engine_index = view, engine_index
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_args: Any, **_kwargs: Any) -> None:
+        self._view.record(self._engine_index, scheduler_stats, iteration_stats)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say at start."""

@@ -1,0 +1,67 @@
+"""VLLM's scheduler, which also says what its free pages still hold.
+
+A page that no request holds may still serve a prefix hit. vLLM counts it as free, and reports no more than that; from
+outside, a full prefix cache and an empty one look the same.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+
+USED_KEY, CACHED_KEY = "spectral:used_blocks", "spectral:cached_blocks"
+"""Where the counts travel: in ``SchedulerStats.num_kv_fetch_reqs_by_stage``, the one field of the statistics that is a
+free table of numbers; who reads the statistics takes them out again."""
+_PAUSE = 200
+"""Counting walks over all blocks, some 50 ns each; after a count there is a pause of so many times its duration."""
+
+
+class _Counting:
+    """Mixed into a scheduler."""
+
+    kv_cache_manager: Any
+    _spectral_next = 0.0
+    _spectral_counts: tuple[int, int] = (0, 0)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """As vLLM's, with the two counts; they are of one moment."""
+        stats: SchedulerStats | None = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        if stats is None:
+            return None
+        idle = not stats.num_running_reqs and not stats.num_waiting_reqs
+        if idle or time.perf_counter() > self._spectral_next:
+            self._spectral_counts = self._spectral_count()
+        stats.num_kv_fetch_reqs_by_stage[USED_KEY], stats.num_kv_fetch_reqs_by_stage[CACHED_KEY] = self._spectral_counts
+        return stats
+
+    def _spectral_count(self) -> tuple[int, int]:
+        start, pool = time.perf_counter(), self.kv_cache_manager.block_pool
+        cached = sum(block.ref_cnt == 0 and block.block_hash is not None for block in pool.blocks)
+        # The null block is vLLM's own.
+        used = len(pool.blocks) - 1 - pool.get_num_free_blocks()
+        now = time.perf_counter()
+        self._spectral_next = now + _PAUSE * (now - start)
+        return used, cached
+
+
+class SpectralScheduler(_Counting, Scheduler):
+    """For synchronous scheduling."""
+
+
+class SpectralAsyncScheduler(_Counting, AsyncScheduler):
+    """For asynchronous scheduling."""
+
+
+def count_cached_pages(vllm_config: VllmConfig) -> None:
+    """Have the engine use a counting scheduler, unless the user chose one of their own.
+
+    Must run after vLLM has settled its configuration, since the class depends on whether scheduling is asynchronous.
+    """
+    scheduler = vllm_config.scheduler_config
+    if scheduler.scheduler_cls is None:
+        scheduler.scheduler_cls = SpectralAsyncScheduler if scheduler.async_scheduling else SpectralScheduler

@@ -1,0 +1,69 @@
+"""Moments from a running server instead of a calibration run: for the traffic that it really serves."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from vllm_spectral.errors import ConfigError
+from vllm_spectral.models.description import ModelDescription
+from vllm_spectral.stats.moments import LayerMoments
+
+LEAST_TOKENS = 2048
+"""Fewer tokens than this per layer do not determine a spectrum of 64 or 128 channels well."""
+_SECONDS = 60
+
+
+def traffic_moments(url: str, key: str | None, model: ModelDescription) -> list[LayerMoments]:
+    """What a server gathered, one entry per layer of the model.
+
+    Args:
+        url: the server's address, with the path prefix if it has one.
+        key: its API key.
+        model: the model that it must be serving.
+
+    Raises:
+        ConfigError: if there is no such server, it refuses, serves another model, or has seen too little.
+    """
+    by_layer: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in _fetch(url.rstrip("/") + "/v1/kv_cache/moments", key).items():
+        layer, field = name.split(".")
+        by_layer.setdefault(int(layer), {})[field] = tensor
+    if sorted(by_layer) != list(range(model.num_layers)):
+        raise ConfigError(
+            f"{url} measures {len(by_layer)} layers, the model has {model.num_layers}: it serves another model, or exempts "
+            "layers"
+        )
+    layers = [LayerMoments.from_tensors(by_layer[index]) for index in range(model.num_layers)]
+    wanted = (model.num_kv_heads, model.head_dim)
+    if any(tuple(layer.value_sum.shape) != wanted for layer in layers):
+        raise ConfigError(f"{url} serves a model of another shape than the one named here")
+    tokens = min(layer.num_tokens for layer in layers)
+    if tokens < LEAST_TOKENS:
+        raise ConfigError(
+            f"{url} has measured {tokens} tokens so far, {LEAST_TOKENS} are needed: wait for more traffic, or serve with a "
+            "smaller --fidelity-every"
+        )
+    return layers
+
+
+def _fetch(address: str, key: str | None) -> dict[str, torch.Tensor]:
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--from-traffic needs the address of a server, such as http://localhost:8000, not {address!r}"
+        )
+    request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
+    try:
+        with urllib.request.urlopen(request, timeout=_SECONDS) as response:
+            return load(response.read())
+    except urllib.error.HTTPError as error:
+        reasons = {401: "it needs --api-key", 404: "it is no vllm-spectral server, or serves the stock cache"}
+        raise ConfigError(f"{address} answered {error.code}: {reasons.get(error.code, error.reason)}") from None
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise ConfigError(f"cannot reach {address}: {getattr(error, 'reason', error)}") from None
+    except SafetensorError as error:
+        raise ConfigError(f"{address} did not answer with moments: {error}") from None

@@ -7,13 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.kernels.conftest import ISAS, codec_of, tokens
+from tests.kernels.conftest import ISAS, codec_of
 from vllm_spectral.errors import KernelError
 from vllm_spectral.kernels.layer import NativeLayer
 from vllm_spectral.kernels.library import ISA_VARIABLE, REFERENCE, Library, chosen, library
-from vllm_spectral.kernels.ops import register_layer
 
 
 def test_the_best_is_the_default_and_any_other_can_be_asked_for() -> None:
@@ -42,44 +40,6 @@ def test_kernels_share_torchs_threads() -> None:
         "print(len({line.split()[-1] for line in maps if 'libgomp' in line}))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
-
-
-def test_the_operators_can_be_traced() -> None:
-    codec = codec_of(2, 64, 3.0)
-    layer = NativeLayer(codec)
-    number = register_layer(layer)
-    keys = tokens(40, 0, 2, 64, torch.bfloat16)
-    pages = torch.zeros(2, 2, 32, codec.layout.slot_bytes, dtype=torch.uint8)
-    starts, lens = torch.tensor([0, 40], dtype=torch.int32), torch.tensor([40], dtype=torch.int32)
-    table = torch.tensor([[0, 1]], dtype=torch.int32)
-    query, output = torch.randn(40, 4, 64), torch.empty(40, 4, 64)
-    store = torch.ops.vllm_spectral.store
-    attend = torch.ops.vllm_spectral.attend
-    utilities = ("test_schema", "test_faketensor")
-    torch.library.opcheck(store, (keys, keys, pages, torch.arange(40), number), test_utils=utilities)
-    arguments = (
-        query,
-        keys,
-        keys,
-        pages,
-        table,
-        starts,
-        lens,
-        None,
-        None,
-        None,
-        None,
-        None,
-        output,
-        number,
-        0,
-        0,
-        0.1,
-        0.0,
-        0,
-    )
-    torch.library.opcheck(attend, arguments, test_utils=utilities)
-    assert output.isfinite().all()
 
 
 def test_a_head_size_that_no_vector_divides_is_refused() -> None:

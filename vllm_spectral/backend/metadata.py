@@ -14,21 +14,22 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttenti
 from vllm_spectral.backend.exact_tier import LayerCopies
 from vllm_spectral.errors import UnsupportedModelError
 from vllm_spectral.exact.directory import StepPlan
-from vllm_spectral.kernels.layer import Requests
+from vllm_spectral.kernels.layer import Exact, Requests
 
 logger = init_logger("vllm.spectral")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SpectralMetadata(CPUAttentionMetadata):
-    """Stock metadata without the stock kernel's schedule, and the exact tier's plan for the step; None without a tier."""
+    """Stock metadata without the stock kernel's schedule.
 
-    exact: StepPlan | None = None
+    Attributes:
+        exact: the exact tier's plan for the step; None without a tier.
+        requests: the step in the kernels' form.
+    """
 
-    @property
-    def requests(self) -> Requests:
-        """In the kernels' form."""
-        return Requests(self.block_table, self.query_start_loc, self.seq_lens)
+    exact: StepPlan | None
+    requests: Requests
 
 
 class SpectralMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -47,6 +48,10 @@ class SpectralMetadataBuilder(CPUAttentionMetadataBuilder):
         common: CommonAttentionMetadata = common_attn_metadata
         if common.causal is not True:
             raise UnsupportedModelError("this step's attention is not causal, which spectral pages do not support")
+        plan, exact = self._plan(common), None
+        if self._tier is not None and plan is not None:
+            window = self._tier.directory.window
+            exact = Exact(plan.write_tokens, plan.write_rows, plan.rows, window.first, window.recent)
         return SpectralMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -56,7 +61,10 @@ class SpectralMetadataBuilder(CPUAttentionMetadataBuilder):
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             scheduler_metadata=None,
-            exact=self._plan(common),
+            exact=plan,
+            requests=Requests(
+                common.block_table_tensor, common.query_start_loc, common.seq_lens, common.slot_mapping, exact
+            ),
         )
 
     def _plan(self, common: CommonAttentionMetadata) -> StepPlan | None:

@@ -213,10 +213,12 @@ class Monitor:
     def _canary_alarms(self) -> Iterator[Alarm]:
         if self.canary.state != "failed":
             return
-        kl = self.canary.verdict.kl if self.canary.verdict else 0.0
         bad = {layer: check for layer, check in self.canary.layers.items() if not self.canary.passes(check)}
-        worst = self.canary.worst_layer if bad else None
-        yield Alarm(kind="canary", layer=worst, value=kl, limit=self.limits.kl, message=self.canary.message)
+        worst = max(bad, key=lambda layer: bad[layer].error_ratio, default=None)
+        value, limit = self.canary.verdict.kl if self.canary.verdict else 0.0, self.limits.kl
+        if value <= limit and worst is not None:
+            value, limit = bad[worst].error_ratio, self.limits.error_ratio
+        yield Alarm(kind="canary", layer=worst, value=value, limit=limit, message=self.canary.message)
         for layer, check in sorted(bad.items()):
             if not check.error_ratio <= self.limits.error_ratio:
                 yield self._error_alarm(layer, check.error_ratio, "the canary's tokens")

@@ -58,8 +58,8 @@ class _Editor:
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            headers = dict(message["headers"])
-            self._stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+            kinds = [value for name, value in message["headers"] if name.lower() == b"content-type"]
+            self._stream = b"".join(kinds).startswith(b"text/event-stream")
             if self._stream:
                 await self._send(message)
             else:
@@ -108,7 +108,8 @@ class _Editor:
 
 
 async def _read(receive: Receive) -> tuple[list[Message], bytes]:
-    messages, body = [], b""
+    messages: list[Message] = []
+    body = b""
     while True:
         message = await receive()
         messages.append(message)

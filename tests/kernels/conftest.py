@@ -14,7 +14,7 @@ from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
 from vllm_spectral.codec.layout import slot_bytes_for
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.codec.rotation import unrotate
-from vllm_spectral.kernels.layer import Copies, NativeLayer, Requests
+from vllm_spectral.kernels.layer import Exact, NativeLayer, Pool, Requests
 from vllm_spectral.kernels.library import ISA_VARIABLE, Library, isas, library
 from vllm_spectral.profile.schema import LayerProfile
 from vllm_spectral.stats.moments import LayerMoments
@@ -144,23 +144,34 @@ class Step:
             outputs.append(torch.einsum("hgts,shd->thgd", weights, values).flatten(1, 2))
         return torch.cat(outputs).float()
 
-    def native(self, lib: Library, exact: bool, *, soft_cap: float = 0.0, window: int = 0) -> torch.Tensor:
-        """The same by a kernel; the output starts as NaN."""
+    def slots(self) -> torch.Tensor:
+        """Where the step's tokens lie, ``[num_tokens]`` int64."""
+        block, found = self.pages.shape[2], []
+        for sequence, context, count in zip(self.sequences, self.contexts, self.queries, strict=True):
+            position = torch.arange(context - count, context)
+            found.append(sequence.blocks[position // block] * block + position % block)
+        return torch.cat(found)
+
+    def native(
+        self, lib: Library, exact: bool, *, soft_cap: float = 0.0, window: int = 0, store: bool = False
+    ) -> torch.Tensor:
+        """The same by a kernel, which may store the step's tokens first; the output starts as NaN."""
         longest = max(len(s.blocks) for s in self.sequences)
         table = torch.full((len(self.sequences), longest), 10**6, dtype=torch.int32)
         for row, sequence in enumerate(self.sequences):
             table[row, : len(sequence.blocks)] = sequence.blocks
         starts = torch.tensor([0, *self.queries]).cumsum(0).int()
-        requests = Requests(table, starts, torch.tensor(self.contexts, dtype=torch.int32))
+        pool, copied = self._copies() if exact else (None, None)
+        slots = self.slots() if store else None
+        requests = Requests(table, starts, torch.tensor(self.contexts, dtype=torch.int32), slots, copied)
         output = torch.full(self.query.shape, torch.nan)
         keys, values = (torch.cat([self.own(i)[k] for i in range(len(self.sequences))]) for k in (0, 1))
-        copies = self._copies() if exact else None
         NativeLayer(self.codec, lib).attend(
-            self.query, keys, values, self.pages, requests, output, self.scale, copies, soft_cap=soft_cap, window=window
+            self.query, keys, values, self.pages, requests, output, self.scale, pool, soft_cap=soft_cap, window=window
         )
         return output
 
-    def _copies(self) -> Copies:
+    def _copies(self) -> tuple[Pool, Exact]:
         """A pool in groups of eight, in shuffled order, whose other places are poisoned."""
         total = sum(self.contexts) + 8
         entries = -(-total // 8)
@@ -177,4 +188,4 @@ class Step:
                 column = position if position < self.first else self.first + position - start
                 rows[index, column] = row
         none = torch.zeros(0, dtype=torch.int64)
-        return Copies(pool[0].contiguous(), pool[1].contiguous(), none, none, rows, self.first, self.recent)
+        return Pool(pool[0].contiguous(), pool[1].contiguous()), Exact(none, none, rows, self.first, self.recent)

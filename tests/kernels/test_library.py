@@ -44,6 +44,17 @@ def test_kernels_share_torchs_threads() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 
+def test_a_head_size_that_no_vector_divides_is_refused() -> None:
+    with pytest.raises(KernelError, match="multiples of 16"):
+        NativeLayer(codec_of(1, 40, 4.0))
+
+
+def test_what_the_kernels_keep_is_counted() -> None:
+    codec = codec_of(2, 64, 3.0)
+    transposed = 2 * 64 * 64 * 4
+    assert transposed < NativeLayer(codec).resident_bytes < 3 * transposed
+
+
 def test_the_operators_can_be_traced() -> None:
     codec = codec_of(2, 64, 3.0)
     layer = NativeLayer(codec)
@@ -80,14 +91,3 @@ def test_the_operators_can_be_traced() -> None:
     )
     torch.library.opcheck(attend, arguments, test_utils=utilities)
     assert output.isfinite().all()
-
-
-def test_a_head_size_that_no_vector_divides_is_refused() -> None:
-    with pytest.raises(KernelError, match="multiples of 16"):
-        NativeLayer(codec_of(1, 40, 4.0))
-
-
-def test_what_the_kernels_keep_is_counted() -> None:
-    codec = codec_of(2, 64, 3.0)
-    transposed = 2 * 64 * 64 * 4
-    assert transposed < NativeLayer(codec).resident_bytes < 3 * transposed

@@ -13,7 +13,7 @@ from vllm_spectral.config import SpectralConfig
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.exact.directory import ExactDirectory, StepPlan
 from vllm_spectral.exact.window import ExactWindow, copy_bytes, group_tokens
-from vllm_spectral.kernels.layer import Copies
+from vllm_spectral.kernels.layer import Pool
 
 logger = init_logger("vllm.spectral")
 
@@ -112,6 +112,7 @@ class LayerCopies:
         shape = (tier.directory.num_entries, num_heads, tier.directory.group_tokens, head_dim)
         # Filled, not only reserved: untouched memory would not be resident, and vLLM would not see it as used.
         self.keys, self.values = torch.empty(2, *shape, dtype=torch.bfloat16).fill_(0.0)
+        self.pool = Pool(self.keys, self.values)
 
     @property
     def resident_bytes(self) -> int:
@@ -122,13 +123,6 @@ class LayerCopies:
     def used_bytes(self) -> int:
         """The part of them that is assigned to tokens."""
         return self.resident_bytes // self.tier.directory.num_entries * self.tier.directory.used_entries
-
-    def of(self, plan: StepPlan) -> Copies:
-        """What the kernels may read exactly in a step."""
-        window = self.tier.directory.window
-        return Copies(
-            self.keys, self.values, plan.write_tokens, plan.write_rows, plan.rows, window.first, window.recent
-        )
 
     def write(self, plan: StepPlan, keys: Tensor, values: Tensor) -> None:
         """Copy the step's tokens that the plan keeps; ``[num_tokens, num_heads, head_dim]`` each."""

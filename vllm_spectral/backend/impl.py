@@ -28,7 +28,6 @@ from vllm_spectral.config import SpectralConfig, parse_config
 from vllm_spectral.errors import ConfigError, ProfileDigestError
 from vllm_spectral.kernels.layer import NativeLayer
 from vllm_spectral.kernels.library import REFERENCE, chosen
-from vllm_spectral.kernels.ops import register_layer
 from vllm_spectral.models.demo import resolve_model
 from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.schema import Profile
@@ -78,6 +77,9 @@ def _paged_backend(slot_bytes: int) -> type[SpectralCPUBackend]:
     """The backend class of layers with this slot size. vLLM groups layers by class name, so the name must be unique."""
 
     class Paged(SpectralCPUBackend):
+        # One call per layer and step: the kernels store the step's tokens, then attend.
+        forward_includes_kv_cache_update = True
+
         @staticmethod
         def get_builder_cls() -> type[SpectralMetadataBuilder]:
             return SpectralMetadataBuilder
@@ -113,7 +115,6 @@ class SpectralImpl(CPUAttentionBackendImpl):
         self.copies: LayerCopies | None = None
         self.native: NativeLayer | None = None
         self.seen: LayerObserver | None = None
-        self._number = -1
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take this layer's part of the profile and announce its slot size to vLLM."""
@@ -132,7 +133,6 @@ class SpectralImpl(CPUAttentionBackendImpl):
         logger.info_once("attention over compressed pages by: %s", kernels)
         if kernels != REFERENCE:
             self.native = NativeLayer(self.codec)
-            self._number = register_layer(self.native)
         self.seen = LayerObserver(self._observer(), index, self.codec, self.copies, self.native, self.scale)
         layer.attn_backend = _paged_backend(profile.slot_bytes)
 
@@ -160,25 +160,6 @@ class SpectralImpl(CPUAttentionBackendImpl):
             if isinstance(layer.impl, SpectralImpl) and layer.impl.codec is not None and layer.impl is not self:
                 yield layer.impl
 
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Compress and store the step's new tokens.
-
-        Args:
-            key, value: ``[num_tokens, num_kv_heads, head_dim]`` in the model's dtype.
-            kv_cache: ``[num_blocks, num_kv_heads, block_size, slot_bytes]`` uint8.
-            slot_mapping: ``[num_tokens]``; -1 marks padding.
-        """
-        if self.codec is None:
-            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-            return
-        if self.native is not None:
-            torch.ops.vllm_spectral.store(key, value, kv_cache, slot_mapping, self._number)
-            return
-        count = slot_mapping.shape[0]
-        self.codec.layout.write(kv_cache, slot_mapping, self.codec.encode(key[:count], value[:count]))
-
     def forward(
         self,
         layer: Any,
@@ -191,17 +172,23 @@ class SpectralImpl(CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend over pages and exact copies. See the contract in ``docs/architecture.md``.
+        """Compress and store the step's new tokens, then attend over pages and exact copies.
+
+        See the contract in ``docs/architecture.md``.
 
         Args:
-            query, output: ``[num_tokens, num_query_heads, head_dim]``.
+            query, output: ``[num_tokens, num_query_heads, head_dim]`` in the model's dtype.
+            key, value: ``[num_tokens, num_kv_heads, head_dim]``, the step's tokens.
+            kv_cache: ``[num_blocks, num_kv_heads, block_size, slot_bytes]`` uint8.
             attn_metadata: None during warm-up.
         """
         if self.codec is None or attn_metadata is None:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
             return output
         if self.native is not None:
-            self._attend_natively(query, key, value, kv_cache, attn_metadata, output)
+            pool = self.copies.pool if self.copies is not None else None
+            requests = attn_metadata.requests
+            self.native.attend(query, key, value, kv_cache, requests, output.view_as(query), self.scale, pool)
         else:
             self._attend_by_reference(query, key, value, kv_cache, attn_metadata, output)
         if attn_metadata.watch is not None:
@@ -225,7 +212,8 @@ class SpectralImpl(CPUAttentionBackendImpl):
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: SpectralMetadata, output: Tensor
     ) -> None:
         assert self.codec is not None
-        plan = metadata.exact
+        slots, plan = metadata.slot_mapping, metadata.exact
+        self.codec.layout.write(kv_cache, slots, self.codec.encode(key[: len(slots)], value[: len(slots)]))
         if self.copies is not None and plan is not None:
             # Before anything is read: a request of this step may share a prefix that another one is just writing.
             self.copies.write(plan, key, value)
@@ -236,15 +224,3 @@ class SpectralImpl(CPUAttentionBackendImpl):
             blocks = metadata.block_table[request]
             result = paged_attention(query[rows], kv_cache, blocks, context_len, self.codec, self.scale, exact)
             output[rows] = result.view_as(output[rows])
-
-    def _attend_natively(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: SpectralMetadata, output: Tensor
-    ) -> None:
-        copies, plan, requests = self.copies, metadata.exact, metadata.requests
-        exact = copies.of(plan) if copies is not None and plan is not None else None
-        torch.ops.vllm_spectral.attend(
-            query, key, value, kv_cache, requests.block_table, requests.query_start, requests.context_lens,
-            exact and exact.keys, exact and exact.values, exact and exact.write_tokens, exact and exact.write_rows,
-            exact and exact.rows, output.view_as(query), self._number,
-            exact.first if exact else 0, exact.recent if exact else 0, self.scale, 0.0, 0,
-        )  # fmt: skip

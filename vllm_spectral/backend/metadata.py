@@ -15,30 +15,27 @@ from vllm_spectral.backend.exact_tier import LayerCopies
 from vllm_spectral.backend.observer import Observer, Watch
 from vllm_spectral.errors import UnsupportedModelError
 from vllm_spectral.exact.directory import StepPlan
-from vllm_spectral.kernels.layer import Requests
+from vllm_spectral.kernels.layer import Exact, Requests
 
 logger = init_logger("vllm.spectral")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SpectralMetadata(CPUAttentionMetadata):
     """Stock metadata without the stock kernel's schedule, and what is ours.
 
     Attributes:
         exact: the exact tier's plan for the step; None without a tier.
+        requests: the step in the kernels' form.
         watch: what is sampled in the step; None for most.
         all_exact: whether a request whose whole prompt is in this step is answered as by an exact cache: the canary's
             reference.
     """
 
-    exact: StepPlan | None = None
+    exact: StepPlan | None
+    requests: Requests
     watch: Watch | None = None
     all_exact: bool = False
-
-    @property
-    def requests(self) -> Requests:
-        """In the kernels' form."""
-        return Requests(self.block_table, self.query_start_loc, self.seq_lens)
 
 
 class SpectralMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -59,7 +56,10 @@ class SpectralMetadataBuilder(CPUAttentionMetadataBuilder):
         common: CommonAttentionMetadata = common_attn_metadata
         if common.causal is not True:
             raise UnsupportedModelError("this step's attention is not causal, which spectral pages do not support")
-        plan = self._plan(common)
+        plan, exact = self._plan(common), None
+        if self._tier is not None and plan is not None:
+            window = self._tier.directory.window
+            exact = Exact(plan.write_tokens, plan.write_rows, plan.rows, window.first, window.recent)
         return SpectralMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -70,6 +70,9 @@ class SpectralMetadataBuilder(CPUAttentionMetadataBuilder):
             slot_mapping=common.slot_mapping,
             scheduler_metadata=None,
             exact=plan,
+            requests=Requests(
+                common.block_table_tensor, common.query_start_loc, common.seq_lens, common.slot_mapping, exact
+            ),
             watch=self._observer.step(common.query_start_loc.diff(), common.seq_lens, plan),
             all_exact=self._observer.exact,
         )

@@ -346,8 +346,7 @@ class Frame:
         lines[-1].append(f" · {self._canary(ready['canary'])}", "default")
         for alarm in self.bodies["fidelity"]["alarms"]:
             place = "" if alarm["layer"] is None else f" in layer {alarm['layer']}"
-            values = f"({number(alarm['value'])}, limit {number(alarm['limit'])})"
-            lines.append(Text(f"▲ alarm, {alarm['kind']}{place}: {alarm['message']} {values}", ALARM))
+            lines.append(Text(f"▲ alarm, {alarm['kind']}{place}: {alarm['message']}", ALARM))
         return lines
 
     @staticmethod
@@ -359,6 +358,8 @@ class Frame:
             text += f", KL {number(canary['kl'])} of at most {number(canary['kl_limit'])}"
         if canary["top1_agreement"] is not None:
             text += f", top-1 {canary['top1_agreement']:.1%}"
+        if canary["worst_drift"] is not None:
+            text += f", drift {canary['worst_drift']:.1%} of at most {canary['drift_limit']:.0%}"
         return text
 
     def _memory_bar(self, width: int) -> Text:

@@ -21,8 +21,6 @@ from vllm_spectral.exact.window import ExactWindow, group_tokens
 
 Indices = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-_MOST_REQUESTS = 1 << 20
-"""More than vLLM runs at once: what separates one rank of importance from the next when ranks are sorted."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +113,8 @@ class ExactDirectory:
         self._held.reshape(-1)[written[tokens]] = True
         rows = np.full(positions.shape, -1, dtype=np.int32)
         rows[readable] = self._held_rows(groups[readable], positions[readable] % self.group_tokens)
-        self.counters.wanted += int(readable.sum())
-        self.counters.found += int((rows >= 0).sum())
+        self.counters.wanted += int(np.count_nonzero(readable))
+        self.counters.found += int(np.count_nonzero(rows >= 0))
         return StepPlan(*map(torch.from_numpy, (tokens, written[tokens], positions, rows)))
 
     def _readable(self, before: Indices) -> tuple[Indices, Mask]:
@@ -130,8 +128,10 @@ class ExactDirectory:
     def _groups(self, block_table: Indices, index: Indices, valid: Mask) -> Indices:
         """Groups that hold the tokens from ``index * group_tokens`` on, ``[num_requests, n]``; 0 where not valid."""
         index = np.where(valid, index, 0)
-        block = np.take_along_axis(block_table, index // self._groups_per_block, axis=1).astype(np.int64)
-        return block * self._groups_per_block + index % self._groups_per_block
+        request = np.arange(len(block_table))[:, None]
+        block = block_table[request, index // self._groups_per_block].astype(np.int64)
+        groups: Indices = block * self._groups_per_block + index % self._groups_per_block
+        return groups
 
     def _reserve(self, block: int) -> None:
         """Have room for the groups of blocks up to this one."""
@@ -140,7 +140,7 @@ class ExactDirectory:
             self._entry_of = np.pad(self._entry_of, (0, 2 * need - len(self._entry_of)), constant_values=-1)
 
     def _wanted(self, block_table: Indices, context_lens: Indices, query_lens: Indices) -> Indices:
-        """Groups to be kept after the step, the most important first."""
+        """Groups to be kept after the step, the most important first; one that requests share may come several times."""
         size, kept = self.group_tokens, self.window.kept
         leading = -(-np.minimum(self.window.first, context_lens) // size)
         newest = (context_lens - 1) // size
@@ -150,25 +150,27 @@ class ExactDirectory:
         index = np.concatenate(
             [np.broadcast_to(np.arange(most), (len(leading), most)), newest[:, None] - np.arange(spread)], axis=1
         )
-        rank = np.concatenate([np.full(most, -1), np.arange(spread)])
         valid = np.concatenate([index[:, :most] < leading[:, None], index[:, most:] >= oldest[:, None]], axis=1)
         valid &= query_lens[:, None] > 0
         groups = self._groups(block_table, index, valid)
         # A group that lost its copies before this step cannot get them back, and claims nothing.
         valid &= ((index + 1) * size > (context_lens - query_lens)[:, None]) | (self._entry_of[groups] >= 0)
-        order = np.argsort((rank * _MOST_REQUESTS + np.arange(len(leading))[:, None])[valid], kind="stable")
-        ranked = groups[valid][order]
-        _, first_seen = np.unique(ranked, return_index=True)
-        unique: Indices = ranked[np.sort(first_seen)]
-        return unique[: self.num_entries]
+        # All requests' groups of one rank, then those of the next.
+        ranked: Indices = groups.T[valid.T]
+        return ranked
 
     def _assign(self, block_table: Indices, context_lens: Indices, query_lens: Indices) -> None:
         wanted = self._wanted(block_table, context_lens, query_lens)
         entry = self._entry_of[wanted]
+        if (entry < 0).any():
+            _, first_seen = np.unique(wanted, return_index=True)
+            wanted = wanted[np.sort(first_seen)][: self.num_entries]
+            entry = self._entry_of[wanted]
         # Above all that was only read; of these, the more important are the later to go.
         use = self._steps + 1 - np.arange(len(wanted)) / (len(wanted) + 1)
         had = entry >= 0
-        self._last_used[entry[had]] = use[had]
+        # Backwards: of a group that comes several times, the most important place is written last.
+        self._last_used[entry[had][::-1]] = use[had][::-1]
         missing = wanted[~had]
         if not len(missing):
             return

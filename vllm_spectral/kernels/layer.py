@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,12 +21,30 @@ from vllm_spectral.codec.quantizer import (
     VectorCoding,
 )
 from vllm_spectral.errors import KernelError
-from vllm_spectral.kernels.library import AttendCall, CodingSpec, LayerSpec, Library, Pages, Rows, StoreCall, library
+from vllm_spectral.kernels.library import CodingSpec, LayerSpec, Library, Pages, Rows, StepCall, library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LANES = 16
 _MOST_SCALES = 8
 """Scales that a kernel tries at once, one per lane, for two tokens."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What a step writes into the pool of exact copies, and may then read from it; the same for all layers.
+
+    Attributes:
+        write_tokens, write_rows: ``[n]`` int64, tokens of the step to be copied before anything is read, and their rows.
+        rows: ``[num_requests, first + recent]`` int32: the rows of positions 0 to ``first``, then of the ``recent``
+            positions before the request's tokens of this step (from position 0 on if there are fewer); -1 without a copy.
+        first, recent: a query at ``p`` reads ``j`` exactly if ``j < first`` or ``p - j < recent``.
+    """
+
+    write_tokens: Tensor
+    write_rows: Tensor
+    rows: Tensor
+    first: int
+    recent: int
 
 
 @dataclass(frozen=True)
@@ -36,37 +55,51 @@ class Requests:
         block_table: ``[num_requests, max_blocks]`` int32, physical blocks in order.
         query_start: ``[num_requests + 1]`` int32, first token of each request in the step, and the end.
         context_lens: ``[num_requests]`` int32, tokens after the step, the queries included.
+        slot_mapping: ``[num_tokens]`` int64, where the step's tokens are stored before anything is read, negative:
+            padding; None: they are in their pages.
+        exact: what is read exactly; None: nothing.
     """
 
     block_table: Tensor
     query_start: Tensor
     context_lens: Tensor
+    slot_mapping: Tensor | None = None
+    exact: Exact | None = None
+
+    @cached_property
+    def call(self) -> StepCall:
+        """The arguments of all layers, for each of them to complete."""
+        call = StepCall()
+        if self.slot_mapping is not None:
+            call.slot_mapping, call.num_stored = self.slot_mapping.data_ptr(), self.slot_mapping.shape[0]
+        call.block_table, call.block_table_stride = self.block_table.data_ptr(), self.block_table.stride(0)
+        call.query_start, call.context_lens = self.query_start.data_ptr(), self.context_lens.data_ptr()
+        call.num_requests = self.context_lens.shape[0]
+        if (exact := self.exact) is not None:
+            call.first, call.recent, call.num_writes = exact.first, exact.recent, exact.write_rows.shape[0]
+            call.write_tokens, call.write_rows = exact.write_tokens.data_ptr(), exact.write_rows.data_ptr()
+            call.exact_rows = exact.rows.data_ptr()
+        return call
 
 
 @dataclass(frozen=True)
-class Copies:
-    """What a step writes into the pool of exact copies, and may then read from it.
+class Pool:
+    """One layer's exact copies.
 
     Attributes:
-        keys, values: ``[entries, num_heads, group_tokens, head_dim]`` bf16, the pool; row ``r`` is token ``r % group_tokens``
-            of entry ``r // group_tokens``.
-        write_tokens, write_rows: ``[n]`` int64, tokens of the step to be copied before anything is read, and their rows.
-        rows: ``[num_requests, first + recent]`` int32: the rows of positions 0 to ``first``, then of the ``recent``
-            positions before the request's tokens of this step (from position 0 on if there are fewer); -1 without a copy.
-        first, recent: a query at ``p`` reads ``j`` exactly if ``j < first`` or ``p - j < recent``.
+        keys, values: ``[entries, num_heads, group_tokens, head_dim]`` bf16; row ``r`` is token ``r % group_tokens`` of entry
+            ``r // group_tokens``.
     """
 
     keys: Tensor
     values: Tensor
-    write_tokens: Tensor
-    write_rows: Tensor
-    rows: Tensor
-    first: int
-    recent: int
+
+    def __post_init__(self) -> None:
+        assert self.keys.shape[2].bit_count() == 1, "groups are a power of two: they divide 8"
 
 
 class Workspace:
-    """Scratch of the attend kernel, shared by all layers of a process: they run one after another."""
+    """Scratch of the kernels, shared by all layers of a process: they run one after another."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -155,11 +188,9 @@ class NativeLayer:
             slot_mapping: ``[num_tokens]`` int64, negative: padding.
         """
         slot_mapping = slot_mapping.long()
-        call = StoreCall(
-            _rows(keys), _rows(values), _pages(pages), slot_mapping.data_ptr(), slot_mapping.shape[0],
-            torch.get_num_threads(),
-        )  # fmt: skip
-        self._lib.store(self._handle, ctypes.byref(call))
+        call = StepCall(keys=_rows(keys), values=_rows(values))
+        call.slot_mapping, call.num_stored = slot_mapping.data_ptr(), slot_mapping.shape[0]
+        self._run(call, pages)
 
     def attend(
         self,
@@ -170,7 +201,7 @@ class NativeLayer:
         requests: Requests,
         output: Tensor,
         scale: float,
-        copies: Copies | None = None,
+        pool: Pool | None = None,
         *,
         soft_cap: float = 0.0,
         window: int = 0,
@@ -179,39 +210,34 @@ class NativeLayer:
 
         Args:
             query, output: ``[num_tokens, num_query_heads, head_dim]``, float32, bfloat16 or float16.
-            keys, values: ``[num_tokens, num_heads, head_dim]``, the step's own, read only where ``copies`` says so.
-            pages: ``[num_blocks, num_heads, block_size, slot_bytes]`` uint8, the step's tokens stored already.
-            requests: the step's requests.
+            keys, values: ``[num_tokens, num_heads, head_dim]``, the step's own.
+            pages: ``[num_blocks, num_heads, block_size, slot_bytes]`` uint8.
+            requests: the step's requests; whether its tokens are stored first, and what is read exactly.
             scale: factor of the scores.
-            copies: what is read exactly; None: nothing.
+            pool: the copies of what is read exactly; None: nothing is.
             soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0: they do not.
             window: how many tokens up to its own a query sees; 0: all.
         """
-        call = AttendCall(
-            _rows(query), _rows(keys), _rows(values), _rows(output), _pages(pages),
-            requests.block_table.data_ptr(), requests.block_table.stride(0), requests.query_start.data_ptr(),
-            requests.context_lens.data_ptr(), requests.context_lens.shape[0], query.shape[1],
-            0, 0, 0, None, None, 0, None, None, 0, None, scale, soft_cap, window, torch.get_num_threads(),
-            WORKSPACE.address, WORKSPACE.num_bytes,
-        )  # fmt: skip
-        if copies is not None:
-            call.exact_on, call.first, call.recent = 1, copies.first, copies.recent
-            call.copy_keys, call.copy_values = copies.keys.data_ptr(), copies.values.data_ptr()
-            group = copies.keys.shape[2]
-            assert group.bit_count() == 1, "groups are a power of two: they divide 8"
-            call.copy_shift, call.num_writes = group.bit_length() - 1, copies.write_rows.shape[0]
-            call.write_tokens, call.write_rows = copies.write_tokens.data_ptr(), copies.write_rows.data_ptr()
-            call.exact_rows = copies.rows.data_ptr()
-        needed = self._lib.attend(self._handle, ctypes.byref(call))
+        call = requests.call
+        call.query, call.keys, call.values, call.output = _rows(query), _rows(keys), _rows(values), _rows(output)
+        call.num_query_heads = query.shape[1]
+        call.exact_on = pool is not None and requests.exact is not None
+        if pool is not None:
+            call.copy_keys, call.copy_values = pool.keys.data_ptr(), pool.values.data_ptr()
+            call.copy_shift = pool.keys.shape[2].bit_length() - 1
+        call.scale, call.soft_cap, call.window = scale, soft_cap, window
+        self._run(call, pages)
+
+    def _run(self, call: StepCall, pages: Tensor) -> None:
+        call.pages = Pages(pages.data_ptr(), pages.stride(0), pages.stride(1), pages.shape[2])
+        call.num_threads = torch.get_num_threads()
+        call.workspace, call.workspace_bytes = WORKSPACE.address, WORKSPACE.num_bytes
+        needed = self._lib.step(self._handle, call)
         if needed:
             WORKSPACE.grow(needed)
             call.workspace, call.workspace_bytes = WORKSPACE.address, WORKSPACE.num_bytes
-            self._lib.attend(self._handle, ctypes.byref(call))
+            self._lib.step(self._handle, call)
 
 
 def _rows(tensor: Tensor) -> Rows:
     return Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), _DTYPES[tensor.dtype])
-
-
-def _pages(pages: Tensor) -> Pages:
-    return Pages(pages.data_ptr(), pages.stride(0), pages.stride(1), pages.shape[2])

@@ -60,20 +60,12 @@ class Pages(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("block_stride", c_int64), ("head_stride", c_int64), ("block_size", c_int64)]
 
 
-class StoreCall(ctypes.Structure):
-    """``StoreCall`` of ``native/abi.h``."""
-
-    _fields_ = [
-        ("keys", Rows), ("values", Rows), ("pages", Pages),
-        ("slot_mapping", c_void_p), ("num_tokens", c_int64), ("num_threads", c_int32),
-    ]  # fmt: skip
-
-
-class AttendCall(ctypes.Structure):
-    """``AttendCall`` of ``native/abi.h``."""
+class StepCall(ctypes.Structure):
+    """``StepCall`` of ``native/abi.h``."""
 
     _fields_ = [
         ("query", Rows), ("keys", Rows), ("values", Rows), ("output", Rows), ("pages", Pages),
+        ("slot_mapping", c_void_p), ("num_stored", c_int64),
         ("block_table", c_void_p), ("block_table_stride", c_int64), ("query_start", c_void_p), ("context_lens", c_void_p),
         ("num_requests", c_int64), ("num_query_heads", c_int64),
         ("exact_on", c_int32), ("first", c_int32), ("recent", c_int32),
@@ -108,10 +100,8 @@ class Library:
         self.layer_destroy.argtypes, self.layer_destroy.restype = [c_void_p], None
         self.layer_bytes = handle.vs_layer_bytes
         self.layer_bytes.argtypes, self.layer_bytes.restype = [c_void_p], c_int64
-        self.store = handle.vs_store
-        self.store.argtypes, self.store.restype = [c_void_p, POINTER(StoreCall)], None
-        self.attend = handle.vs_attend
-        self.attend.argtypes, self.attend.restype = [c_void_p, POINTER(AttendCall)], c_int64
+        self.step = handle.vs_step
+        self.step.argtypes, self.step.restype = [c_void_p, POINTER(StepCall)], c_int64
         self.read = handle.vs_read
         self.read.argtypes, self.read.restype = [c_void_p, c_int64, c_int32], c_int64
         handle.vs_isa.restype = handle.vs_machine_isas.restype = c_char_p

@@ -1,5 +1,8 @@
 """The kernels as torch operators, ``torch.ops.vllm_spectral.store`` and ``.attend``, with what tracing needs.
 
+For graphs that call the kernels themselves. Inside vLLM, attention is one operator of vLLM's already, and the backend
+calls the kernels directly: dispatching an operator with as many arguments costs as much as attending to a short context.
+
 A layer is named by a number, since an operator's arguments are tensors and plain values.
 """
 
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_spectral.kernels.layer import Copies, NativeLayer, Requests
+from vllm_spectral.kernels.layer import Exact, NativeLayer, Pool, Requests
 
 _LIBRARY: Any = torch.library.Library("vllm_spectral", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("store(Tensor keys, Tensor values, Tensor(a!) pages, Tensor slot_mapping, int layer) -> ()")
@@ -58,12 +61,12 @@ def _attend(  # noqa: PLR0913, PLR0917 - an operator's arguments are tensors and
     soft_cap: float,
     window: int,
 ) -> None:
-    copies = None
+    exact = pool = None
     if copy_keys is not None:
         assert copy_values is not None and write_tokens is not None and write_rows is not None and copy_rows is not None
-        copies = Copies(copy_keys, copy_values, write_tokens, write_rows, copy_rows, first, recent)
-    requests = Requests(block_table, query_start, context_lens)
-    _LAYERS[layer].attend(query, keys, values, pages, requests, output, scale, copies, soft_cap=soft_cap, window=window)
+        exact, pool = Exact(write_tokens, write_rows, copy_rows, first, recent), Pool(copy_keys, copy_values)
+    requests = Requests(block_table, query_start, context_lens, exact=exact)
+    _LAYERS[layer].attend(query, keys, values, pages, requests, output, scale, pool, soft_cap=soft_cap, window=window)
 
 
 def _no_result(*_args: object) -> None:

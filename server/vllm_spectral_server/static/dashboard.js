@@ -215,6 +215,7 @@ function showCanary(canary) {
       `Worst layer ${canary.worst_layer}: error ratio ${figure(canary.worst_error_ratio)} of at most ${figure(canary.error_ratio_limit)}.`,
     );
   }
+  if (canary.worst_drift !== null) parts.push(`Drift ${share(canary.worst_drift)} of at most ${share(canary.drift_limit)}.`);
   if (canary.state === "failed" && canary.message) parts.push(canary.message);
   $("canary").dataset.state = canary.state;
   say($("canary"), parts.join(" "));
@@ -226,7 +227,7 @@ function showAlarms(alarms) {
   $("alarm-summary").dataset.value = alarms.length;
   const number = `${count(alarms.length)} ${alarms.length === 1 ? "alarm" : "alarms"}`;
   say($("alarm-summary"), alarms.length ? `${number}: ${names.join(", ")}.` : "No alarms.");
-  const lines = alarms.map((alarm) => `${alarm.message} (${figure(alarm.value)}, limit ${figure(alarm.limit)})`);
+  const lines = alarms.map((alarm) => alarm.message);
   const list = $("alarms");
   if (lines.join("\n") === [...list.children].map((line) => line.textContent).join("\n")) return;
   list.replaceChildren(...lines.map((line) => make("li", { textContent: line })));

@@ -46,21 +46,18 @@ struct Pages {  // [num_blocks, num_heads, block_size, slot_bytes]
   int64_t block_stride, head_stride, block_size;
 };
 
-struct StoreCall {
-  Rows keys, values;
-  Pages pages;
-  const int64_t* slot_mapping;  // [num_tokens], negative: padding
-  int64_t num_tokens;
-  int32_t num_threads;
-};
-
-struct AttendCall {
+// One step of one layer: new tokens are compressed into the pages, then queries attend to them. Either may be left out.
+struct StepCall {
   Rows query, keys, values, output;  // the step's tokens
   Pages pages;
+  // Storing.
+  const int64_t* slot_mapping;  // [num_stored], negative: padding
+  int64_t num_stored;           // the first so many of the step's tokens; 0: the pages have them already
+  // Attending.
   const int32_t* block_table;  // [num_requests, block_table_stride]
   int64_t block_table_stride;
   const int32_t *query_start, *context_lens;  // [num_requests + 1], [num_requests]
-  int64_t num_requests, num_query_heads;
+  int64_t num_requests, num_query_heads;      // no requests: nobody attends
   // The exact tier. exact_on: the step's own tokens are read exactly inside windows, and copies if exact_rows says so.
   int32_t exact_on, first, recent;
   uint16_t *copy_keys, *copy_values;  // [entries, num_heads, 2 ** copy_shift, head_dim] bf16; row r: entry r >> copy_shift
@@ -72,7 +69,7 @@ struct AttendCall {
   float scale, soft_cap;      // soft_cap 0: none
   int32_t window;             // sliding window in tokens, the query's own included; 0: none
   int32_t num_threads;
-  uint8_t* workspace;
+  uint8_t* workspace;  // 64-byte aligned
   int64_t workspace_bytes;
 };
 
@@ -80,8 +77,7 @@ struct Layer;  // opaque
 VS_API Layer* vs_layer_create(const LayerSpec* spec);
 VS_API void vs_layer_destroy(Layer* layer);
 VS_API int64_t vs_layer_bytes(const Layer* layer);
-VS_API void vs_store(const Layer* layer, const StoreCall* call);
-VS_API int64_t vs_attend(const Layer* layer, const AttendCall* call);  // 0; or nothing was done, and so many bytes are needed
+VS_API int64_t vs_step(const Layer* layer, const StepCall* call);  // 0; or nothing was done, and so many bytes are needed
 VS_API const char* vs_isa();         // the instruction set this library was compiled for
 VS_API const char* vs_machine_isas();  // comma-separated, those that this machine can run, best first
 VS_API int64_t vs_read(const uint8_t* data, int64_t bytes, int32_t num_threads);  // a checksum: reads, for measuring bandwidth

@@ -15,6 +15,7 @@
 #include "pairs.h"
 #include "rows.h"
 #include "simd.h"
+#include "store.h"
 
 namespace {
 
@@ -22,7 +23,9 @@ constexpr int kTileGroups = 16, kTile = kTileGroups * vs::kGroup;  // positions 
 constexpr int kSpan = 2 * kTile;                                  // positions per unit of parallel work
 constexpr int kRows = 64;                                         // most (query, head) rows attended to together
 constexpr int kAhead = 2;                                         // groups from the one at work to the one being fetched
-constexpr int kBlock = 16;  // channels whose outputs are summed together
+constexpr int kBlock = 16;    // channels whose outputs are summed together
+constexpr int kTogether = 4;  // rows that are rotated together
+constexpr int kWrites = 16;   // copies per unit of work
 constexpr float kNone = -INFINITY;
 
 int64_t padded(int64_t dim) { return (dim + 31) / 32 * 32; }
@@ -41,22 +44,6 @@ struct State {
   }
 };
 
-// Hands out 64-byte aligned arrays from one block of memory; from nothing, it counts what they take.
-class Carver {
- public:
-  explicit Carver(uint8_t* base) : base_(base) {}
-  template <typename T>
-  void take(T*& array, size_t count) {
-    array = reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * sizeof(T) + 63) / 64 * 64;
-  }
-  size_t used() const { return used_; }
-
- private:
-  uint8_t* base_;
-  size_t used_ = 0;
-};
-
 // The queries of some rows, in the forms in which they meet keys.
 struct Queries {
   PairScalar* paged;  // [dim / 2, rows], rotated and times the channels' widths
@@ -64,7 +51,7 @@ struct Queries {
   float* flat;                // [rows, dim], rotated and times the fallback's width
   float* flat_center;         // [rows], with the fallback's center
 
-  Queries(int64_t rows, int64_t dim, Carver& carver) {
+  Queries(int64_t rows, int64_t dim, vs::Carver& carver) {
     carver.take(paged, rows * dim / 2);
     carver.take(exact, rows * padded(dim) / 32);
     carver.take(flat, rows * dim);
@@ -81,24 +68,22 @@ struct Scratch {
   PairScalar* exact_pairs;          // [rows, kTileGroups, 16] weights
   Pair* keys;                       // [dim / 2, 2] one group's keys
   Pair* values;                     // [kBlock, kTileGroups]
-  Pair* exact_values;               // [16, padded dim / 16] one group's values: pairs of tokens, channels in lanes
-  float *vector, *line;             // [dim]
+  float *vectors, *lines;           // [kTogether, dim]
   float *item, *span;               // states
-  uint16_t *lines, *zeros;          // [kGroup, dim] and [dim]: bf16 rows
+  uint16_t *copies, *zeros;         // [kGroup, dim] and [dim]: bf16 rows
 
-  Scratch(int64_t dim, Carver& carver) : queries(kRows, dim, carver) {
+  Scratch(int64_t dim, vs::Carver& carver) : queries(kRows, dim, carver) {
     carver.take(scores, kRows * kTile);
     carver.take(paged, kRows * kTile);
     carver.take(paged_pairs, kRows * kTileGroups);
     carver.take(exact_pairs, kRows * kTileGroups * 16);
     carver.take(keys, dim);
     carver.take(values, kBlock * kTileGroups);
-    carver.take(exact_values, padded(dim));
-    carver.take(vector, dim);
-    carver.take(line, dim);
+    carver.take(vectors, kTogether * dim);
+    carver.take(lines, kTogether * dim);
     carver.take(item, State::floats(kRows, dim));
     carver.take(span, State::floats(kRows, dim));
-    carver.take(lines, vs::kGroup * dim);
+    carver.take(copies, vs::kGroup * dim);
     carver.take(zeros, dim);
   }
 };
@@ -113,44 +98,61 @@ struct Item {
 struct Shape {
   int64_t group;  // query heads per KV head
   const Layer& layer;
-  const AttendCall& call;
+  const StepCall& call;
   int64_t queries(int64_t request) const { return call.query_start[request + 1] - call.query_start[request]; }
   int64_t rows(int64_t request) const { return queries(request) * group; }
 };
 
-// vector @ matrix, [dim, dim] row-major.
-void product(const float* vector, const float* matrix, int64_t dim, float* out) {
+// out[kCount, dim] = vectors[kCount, dim] @ matrix[dim, dim], row-major all.
+template <int kCount>
+void some_products(const float* vectors, const float* matrix, int64_t dim, float* out) {
   int64_t column = 0;
   for (; column + 64 <= dim; column += 64) {
-    v16f a = {}, b = {}, c = {}, d = {};
+    v16f sums_of[kCount][4];
+    clear<4 * kCount>(&sums_of[0][0]);
     for (int64_t row = 0; row < dim; row++) {
       const float* at = matrix + row * dim + column;
-      const v16f x = splat(vector[row]);
-      a = load(at) * x + a;
-      b = load(at + 16) * x + b;
-      c = load(at + 32) * x + c;
-      d = load(at + 48) * x + d;
+      const v16f part[4] = {load(at), load(at + 16), load(at + 32), load(at + 48)};
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; i++) {
+        const v16f x = splat(vectors[i * dim + row]);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) sums_of[i][k] = part[k] * x + sums_of[i][k];
+      }
     }
-    store(out + column, a);
-    store(out + column + 16, b);
-    store(out + column + 32, c);
-    store(out + column + 48, d);
+    for (int i = 0; i < kCount; i++)
+      for (int k = 0; k < 4; k++) store(out + i * dim + column + 16 * k, sums_of[i][k]);
   }
   for (; column < dim; column += 16) {
-    v16f a = {};
-    for (int64_t row = 0; row < dim; row++) a = load(matrix + row * dim + column) * vector[row] + a;
-    store(out + column, a);
+    v16f sums_of[kCount];
+    clear<kCount>(sums_of);
+    for (int64_t row = 0; row < dim; row++) {
+      const v16f part = load(matrix + row * dim + column);
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; i++) sums_of[i] = part * vectors[i * dim + row] + sums_of[i];
+    }
+    for (int i = 0; i < kCount; i++) store(out + i * dim + column, sums_of[i]);
+  }
+}
+
+// The same for up to kTogether vectors.
+void products(int64_t count, const float* vectors, const float* matrix, int64_t dim, float* out) {
+  switch (count) {
+    case 1: return some_products<1>(vectors, matrix, dim, out);
+    case 2: return some_products<2>(vectors, matrix, dim, out);
+    case 3: return some_products<3>(vectors, matrix, dim, out);
+    default: return some_products<kTogether>(vectors, matrix, dim, out);
   }
 }
 
 // Where a row of the pool of copies lies, in elements.
-int64_t copy_at(const AttendCall& call, const Layer& layer, int64_t row, int64_t head) {
+int64_t copy_at(const StepCall& call, const Layer& layer, int64_t row, int64_t head) {
   const int64_t entry = row >> call.copy_shift, token = row - (entry << call.copy_shift);
   return (((entry * layer.heads + head) << call.copy_shift) + token) * layer.dim;
 }
 
 // Copies the i-th of the step's tokens that the plan keeps.
-void write_copy(const Layer& layer, const AttendCall& call, int64_t i, float* line) {
+void write_copy(const Layer& layer, const StepCall& call, int64_t i, float* line) {
   for (int64_t head = 0; head < layer.heads; head++) {
     const int64_t at = copy_at(call, layer, call.write_rows[i], head);
     for (const bool keys : {true, false}) {
@@ -161,9 +163,49 @@ void write_copy(const Layer& layer, const AttendCall& call, int64_t i, float* li
   }
 }
 
+// Where a group of a request's positions lies in the pages.
+const uint8_t* group_of(const StepCall& call, const Layer& layer, const Item& item, int64_t first) {
+  const int64_t block_size = call.pages.block_size;
+  const int64_t block = call.block_table[item.request * call.block_table_stride + first / block_size];
+  return call.pages.data + block * call.pages.block_stride + item.head * call.pages.head_stride +
+         first % block_size * layer.slot_bytes;
+}
+
+// Calls an item's data into the cache while another one is at work: copies and pages are scattered over their pools, so that
+// no hardware sees them coming. A little at a time: what is asked for in one go is dropped.
+class Ahead {
+ public:
+  Ahead(const Shape& shape, const Item* item) : call_(shape.call), layer_(shape.layer), item_(item) {
+    if (!item || !call_.exact_on) return;
+    const int64_t width = call_.first + call_.recent;
+    row_ = call_.exact_rows + item->request * width;
+    end_ = row_ + width;
+  }
+  void copies(int count) {
+    for (; count > 0 && row_ < end_; row_++, count--) {
+      if (*row_ < 0) continue;
+      const int64_t at = copy_at(call_, layer_, *row_, item_->head);
+      for (int64_t c = 0; c < layer_.dim; c += 32) {
+        __builtin_prefetch(call_.copy_keys + at + c, 0, 3);
+        __builtin_prefetch(call_.copy_values + at + c, 0, 3);
+      }
+    }
+  }
+  // The item's group of pages, or any other address if there is none.
+  const uint8_t* group(int64_t first, const uint8_t* other) const {
+    return item_ && first < call_.context_lens[item_->request] ? group_of(call_, layer_, *item_, first) : other;
+  }
+
+ private:
+  const StepCall& call_;
+  const Layer& layer_;
+  const Item* item_;
+  const int32_t *row_ = nullptr, *end_ = nullptr;
+};
+
 class Attention {
  public:
-  Attention(const Shape& shape, const Item& item, const Queries& queries, Scratch& scratch)
+  Attention(const Shape& shape, const Item& item, const Queries& queries, Scratch& scratch, const Item* next)
       : shape_(shape),
         layer_(shape.layer),
         call_(shape.call),
@@ -173,29 +215,14 @@ class Attention {
         dim_(layer_.dim),
         rows_(item.rows),
         pairs_(layer_.key_pairs[item.head]),
-        value_fields_(layer_.values.fields[item.head]) {
+        value_fields_(layer_.values.fields[item.head]),
+        next_(shape, next) {
     context_ = call_.context_lens[item.request];
     before_ = context_ - shape.queries(item.request);
     first_query_ = before_ + item.first_row / shape.group;
     last_query_ = before_ + (item.first_row + rows_ - 1) / shape.group;
     width_ = layer_.values.width.get() + item.head * dim_;
     for (int64_t r = 0; r < rows_; r++) position_[r] = before_ + (item.first_row + r) / shape.group;
-  }
-
-  // Calls an item's copies into the second cache: they are scattered over their pool, and most of a short context.
-  static void fetch(const Shape& shape, const Item& item) {
-    const AttendCall& call = shape.call;
-    if (!call.exact_on) return;
-    const int64_t width = call.first + call.recent;
-    for (int64_t i = 0; i < width; i++) {
-      const int32_t row = call.exact_rows[item.request * width + i];
-      if (row < 0) continue;
-      const int64_t at = copy_at(call, shape.layer, row, item.head);
-      for (int64_t c = 0; c < shape.layer.dim; c += 32) {
-        __builtin_prefetch(call.copy_keys + at + c, 0, 2);
-        __builtin_prefetch(call.copy_values + at + c, 0, 2);
-      }
-    }
   }
 
   // Attends to the item's tiles and merges them, span by span, into the state.
@@ -227,54 +254,84 @@ class Attention {
   }
 
   static void prepare(const Shape& shape, const Item& item, Queries& queries, Scratch& s) {
-    const int64_t dim = shape.layer.dim, at = item.head * dim;
+    const int64_t dim = shape.layer.dim, at = item.head * dim, parts = padded(dim) / 32;
     const vs::Coding& keys = shape.layer.keys;
-    for (int64_t r = 0; r < item.rows; r++) {
-      const int64_t row = item.first_row + r;
-      read_row(shape.call.query, shape.call.query_start[item.request] + row / shape.group,
-               item.head * shape.group + row % shape.group, dim, s.vector);
-      for (int64_t part = 0; part < padded(dim) / 32; part++) {
-        v16f even = {}, odd = {};
-        for (int i = 0; i < 16 && 32 * part + 2 * i < dim; i++) {
-          even[i] = s.vector[32 * part + 2 * i];
-          odd[i] = s.vector[32 * part + 2 * i + 1];
+    for (int64_t start = 0; start < item.rows; start += kTogether) {
+      const int64_t count = std::min<int64_t>(kTogether, item.rows - start);
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t r = start + i, row = item.first_row + r;
+        const int64_t token = shape.call.query_start[item.request] + row / shape.group;
+        const int64_t head = item.head * shape.group + row % shape.group;
+        const Rows& query = shape.call.query;
+        float* vector = s.vectors + i * dim;
+        read_row(query, token, head, dim, vector);
+        for (int64_t part = 0; part < parts; part++) {
+          Pair& pairs = queries.exact[r * parts + part];
+          if (query.dtype == kBFloat16) {
+            const uint16_t* in = static_cast<const uint16_t*>(query.data) + token * query.token_stride + head * query.head_stride;
+            pairs = Pairs::of_bf16(channels(in, part, dim));
+            continue;
+          }
+          v16f even = {}, odd = {};
+          for (int k = 0; k < 16 && 32 * part + 2 * k < dim; k++) {
+            even[k] = vector[32 * part + 2 * k];
+            odd[k] = vector[32 * part + 2 * k + 1];
+          }
+          pairs = Pairs::of(even, odd);
         }
-        queries.exact[r * padded(dim) / 32 + part] = Pairs::of(even, odd);
       }
-      product(s.vector, keys.basis + at * dim, dim, s.line);
-      v16f at_center = {};
-      for (int64_t c = 0; c < dim; c += 16) {
-        const v16f x = load(s.line + c);
-        at_center = at_center + x * load(keys.center.get() + at + c);
-        store(queries.flat + r * dim + c, x * load(keys.flat_width.get() + at + c));
-        store(s.line + c, x * load(keys.width.get() + at + c));
+      products(count, s.vectors, keys.basis + at * dim, dim, s.lines);
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t r = start + i;
+        float* line = s.lines + i * dim;
+        v16f at_center = {};
+        for (int64_t c = 0; c < dim; c += 16) {
+          const v16f x = load(line + c);
+          at_center = at_center + x * load(keys.center.get() + at + c);
+          store(queries.flat + r * dim + c, x * load(keys.flat_width.get() + at + c));
+          store(line + c, x * load(keys.width.get() + at + c));
+        }
+        queries.flat_center[r] = sum(at_center);
+        Pairs::scalars(line, dim, queries.paged + r, item.rows);
       }
-      queries.flat_center[r] = sum(at_center);
-      Pairs::scalars(s.line, dim, queries.paged + r, item.rows);
     }
   }
 
   static void finish(const Shape& shape, const Item& item, const State& state, Scratch& s) {
     const int64_t dim = shape.layer.dim;
     const float* back = shape.layer.values.transposed.get() + item.head * dim * dim;
-    for (int64_t r = 0; r < item.rows; r++) {
-      const int64_t row = item.first_row + r;
-      const float share = state.total[r] > 0 ? 1.0f / state.total[r] : 0.0f;
-      for (int64_t c = 0; c < dim; c += 16) store(s.vector + c, load(state.rotated + r * dim + c) * share);
-      product(s.vector, back, dim, s.line);
-      const float* plain = state.plain + r * padded(dim);
-      for (int64_t c = 0; c < dim; c++) s.line[c] += plain[c / 32 * 32 + c % 2 * 16 + c % 32 / 2] * share;
-      write_row(shape.call.output, shape.call.query_start[item.request] + row / shape.group,
-                item.head * shape.group + row % shape.group, dim, s.line);
+    for (int64_t start = 0; start < item.rows; start += kTogether) {
+      const int64_t count = std::min<int64_t>(kTogether, item.rows - start);
+      float share[kTogether];
+      for (int64_t i = 0; i < count; i++) {
+        share[i] = state.total[start + i] > 0 ? 1.0f / state.total[start + i] : 0.0f;
+        for (int64_t c = 0; c < dim; c += 16) store(s.vectors + i * dim + c, load(state.rotated + (start + i) * dim + c) * share[i]);
+      }
+      products(count, s.vectors, back, dim, s.lines);
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t row = item.first_row + start + i;
+        const float* plain = state.plain + (start + i) * padded(dim);
+        for (int64_t c = 0; c < dim; c += 16) {
+          const v16i low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+          const float* part = plain + c / 32 * 32;
+          const v16f own = __builtin_shuffle(load(part), load(part + 16), low + static_cast<int>(c % 32 / 2));
+          store(s.lines + i * dim + c, own * share[i] + load(s.lines + i * dim + c));
+        }
+        write_row(shape.call.output, shape.call.query_start[item.request] + row / shape.group,
+                  item.head * shape.group + row % shape.group, dim, s.lines + i * dim);
+      }
     }
   }
 
  private:
-  const uint8_t* group_at(int64_t first) const {
-    const int64_t block_size = call_.pages.block_size;
-    const int64_t block = call_.block_table[item_.request * call_.block_table_stride + first / block_size];
-    return call_.pages.data + block * call_.pages.block_stride + item_.head * call_.pages.head_stride +
-           first % block_size * layer_.slot_bytes;
+  const uint8_t* group_at(int64_t first) const { return group_of(call_, layer_, item_, first); }
+
+  // The group of pages that comes kAhead after this one, the next item's after the last.
+  const uint8_t* group_ahead(int64_t first) const {
+    const int64_t ahead = first + kAhead * vs::kGroup;
+    const int64_t groups = std::max<int64_t>(last_query_ - (call_.exact_on ? call_.recent : 0), 0) / vs::kGroup + 1;
+    if (ahead < groups * vs::kGroup) return group_at(ahead);
+    return next_.group(std::max<int64_t>(ahead - groups * vs::kGroup, 0), group_at(first));
   }
 
   // Positions [low, high) as bits of a group that starts at first.
@@ -293,24 +350,33 @@ class Attention {
     return between(0, call_.first, first) | between(p - call_.recent + 1, p + 1, first);
   }
 
-  // The pool's row of a position before the step: -1 without a copy.
-  int64_t pool_row(int64_t position) const {
-    const int32_t* rows = call_.exact_rows + item_.request * (call_.first + call_.recent);
+  // The pool's rows of a group's positions before the step: -1 without a copy.
+  void pool_rows(int64_t first, int32_t* rows) const {
+    const int32_t* table = call_.exact_rows + item_.request * (call_.first + call_.recent);
     const int64_t start = std::max<int64_t>(before_ - call_.recent, 0);
-    if (position < call_.first) return rows[position];
-    return position < start ? -1 : rows[call_.first + position - start];
+    const int64_t low = std::max(first, start), high = std::min(first + vs::kGroup, before_);
+    std::fill(rows, rows + vs::kGroup, -1);
+    if (low < high) std::copy(table + call_.first + low - start, table + call_.first + high - start, rows + low - first);
+    for (int64_t p = first; p < std::min<int64_t>(first + vs::kGroup, std::min<int64_t>(call_.first, before_)); p++)
+      rows[p - first] = table[p];
   }
 
-  // Which of a group's positions have an exact copy that some row of the item may read.
-  uint32_t copied(int64_t first) const {
+  // Which of a group's positions have an exact copy that some row of the item may read; and where those in the pool lie.
+  uint32_t copied(int64_t first, int32_t* lines) const {
     if (!call_.exact_on) return 0;
-    uint32_t candidates = between(0, call_.first, first) | between(first_query_ - call_.recent + 1, last_query_ + 1, first);
-    uint32_t found = candidates & between(before_, context_, first);
-    for (uint32_t left = candidates & ~found; left; left &= left - 1) {
-      const int bit = __builtin_ctz(left);
-      if (first + bit < before_ && pool_row(first + bit) >= 0) found |= 1u << bit;
+    const uint32_t candidates = between(0, call_.first, first) | between(first_query_ - call_.recent + 1, last_query_ + 1, first);
+    if (!candidates) return 0;
+    alignas(64) int32_t rows[vs::kGroup];
+    pool_rows(first, rows);
+    uint32_t held = 0;
+    for (int h = 0; h < 2; h++) {
+      const v16i row = load_integers(rows + h * vs::kHalf), entry = row >> call_.copy_shift;
+      const v16i line = ((entry * static_cast<int32_t>(layer_.heads) + static_cast<int32_t>(item_.head)) << call_.copy_shift) +
+                        (row & ((1 << call_.copy_shift) - 1));
+      store_integers(lines + h * vs::kHalf, line);
+      held |= (~signs(row) & 0xffff) << h * vs::kHalf;
     }
-    return found;
+    return candidates & (held | between(before_, context_, first));
   }
 
   // Scales of half a group, from their bytes: the fractions of an octave that start at scale 1, and powers of two.
@@ -332,7 +398,7 @@ class Attention {
     bool paged = false, exact = false;
     for (int g = 0; g < groups; g++) {
       const int64_t first = start + g * vs::kGroup;
-      copies[g] = copied(first);
+      copies[g] = copied(first, copy_lines_[g]);
       any_paged[g] = any_exact[g] = 0;
       whole_[g] = !copies[g] && first + vs::kGroup <= first_query_ + 1 && (call_.window <= 0 || first > last_query_ - call_.window);
       if (whole_[g]) any_paged[g] = ~0u;
@@ -345,14 +411,11 @@ class Attention {
       exact |= any_exact[g] != 0;
       if (any_paged[g]) {
         const uint8_t* group = group_at(first);
-        const int64_t ahead = std::min(first + kAhead * vs::kGroup, last_query_ / vs::kGroup * vs::kGroup);
-        page_scores(group, group_at(ahead), g, any_paged[g]);
+        page_scores(group, group_ahead(first), g, any_paged[g]);
         value_flat_[g] = flat_mask(group + vs::kValueScales);
         for (int h = 0; h < 2; h++) value_scale_[g][h] = scales(group + vs::kValueScales + h * vs::kHalf);
       }
-      if (any_exact[g]) {
-        exact_scores(g, first, any_exact[g]);
-      }
+      if (any_exact[g]) exact_scores(g, first, any_exact[g]);
     }
     if (!paged && !exact) return;
     for (int64_t r = 0; r < rows_; r++) weigh(r, start, groups, copies, any_paged, any_exact, state);
@@ -455,7 +518,7 @@ class Attention {
       const float scale = layer_.scales[group[lane] & (vs::kFlat - 1)];
       for (int64_t r = 0; r < rows_; r++) {
         v16f sums = {};
-        for (int64_t c = 0; c < dim_; c += 16) sums = load(q_.flat + r * dim_ + c) * load(s_.vector + c) + sums;
+        for (int64_t c = 0; c < dim_; c += 16) sums = load(q_.flat + r * dim_ + c) * load(s_.vectors + c) + sums;
         s_.scores[r * kTile + g * vs::kGroup + lane] = (sum(sums) * scale + q_.flat_center[r]) * call_.scale;
       }
     }
@@ -466,33 +529,35 @@ class Attention {
     for (int64_t c = 0; c < dim_; c++) {
       uint32_t word;
       memcpy(&word, words + fields[c].offset, 4);
-      s_.vector[c] = fields[c].levels[(word >> (fields[c].shift + extra) & ((1u << fields[c].bits) - 1))];
+      s_.vectors[c] = fields[c].levels[(word >> (fields[c].shift + extra) & ((1u << fields[c].bits) - 1))];
     }
   }
 
-  // A copy as a row of bf16: in the pool, in the step's own tensor, or in a buffer if that has another type.
-  const uint16_t* copy_of(int64_t position, bool keys, uint16_t* buffer) const {
-    if (position < before_)
-      return (keys ? call_.copy_keys : call_.copy_values) + copy_at(call_, layer_, pool_row(position), item_.head);
-    const Rows& rows = keys ? call_.keys : call_.values;
-    const int64_t token = call_.query_start[item_.request] + position - before_;
-    if (rows.dtype == kBFloat16)
-      return static_cast<const uint16_t*>(rows.data) + token * rows.token_stride + item_.head * rows.head_stride;
-    read_row(rows, token, item_.head, dim_, s_.vector);
-    for (int64_t c = 0; c < dim_; c++) buffer[c] = bf16_of(s_.vector[c]);
-    return buffer;
-  }
-
-  // The copies of a group's positions in mask; rows of zeros for the others.
-  void copies_of(int64_t first, uint32_t mask, bool keys, const uint16_t** rows) const {
-    for (int t = 0; t < vs::kGroup; t++)
-      rows[t] = mask >> t & 1 ? copy_of(first + t, keys, s_.lines + t * dim_) : s_.zeros;
+  // The copies of a group's positions in mask as rows of bf16, in the pool, in the step's own tensor, or in a buffer if that
+  // has another type; rows of zeros for all others.
+  void copies_of(int g, int64_t first, uint32_t mask, bool keys, const uint16_t** rows) const {
+    const uint16_t* pool = keys ? call_.copy_keys : call_.copy_values;
+    const uint32_t own_tokens = mask & between(before_, context_, first), pooled = mask & ~own_tokens;
+    for (int t = 0; t < vs::kGroup; t++) rows[t] = pooled >> t & 1 ? pool + copy_lines_[g][t] * dim_ : s_.zeros;
+    const Rows& own = keys ? call_.keys : call_.values;
+    for (uint32_t left = own_tokens; left; left &= left - 1) {
+      const int t = __builtin_ctz(left);
+      const int64_t token = call_.query_start[item_.request] + first + t - before_;
+      if (own.dtype == kBFloat16) {
+        rows[t] = static_cast<const uint16_t*>(own.data) + token * own.token_stride + item_.head * own.head_stride;
+        continue;
+      }
+      uint16_t* buffer = s_.copies + t * dim_;
+      read_row(own, token, item_.head, dim_, s_.vectors);
+      for (int64_t c = 0; c < dim_; c++) buffer[c] = bf16_of(s_.vectors[c]);
+      rows[t] = buffer;
+    }
   }
 
   // 32 channels of a row, or the 16 that are left, as 16 pairs.
-  VS_INLINE v16u channels(const uint16_t* row, int64_t part) const {
+  static VS_INLINE v16u channels(const uint16_t* row, int64_t part, int64_t dim) {
     v16u pairs = {};
-    if (32 * part + 32 <= dim_)
+    if (32 * part + 32 <= dim)
       memcpy(&pairs, row + 32 * part, 64);
     else
       memcpy(&pairs, row + 32 * part, 32);
@@ -502,24 +567,52 @@ class Attention {
   // Scores of copies, where a row reads them, over those of pages.
   void exact_scores(int g, int64_t first, uint32_t mask) {
     const uint16_t* rows[vs::kGroup];
-    copies_of(first, mask, true, rows);
-    const int64_t parts = padded(dim_) / 32;
+    copies_of(g, first, mask, true, rows);
     for (int h = 0; h < 2; h++) {
-      if (!(mask >> 16 * h & 0xffff)) continue;
-      for (int64_t r = 0; r < rows_; r++) {
-        const uint32_t read = (seen(r, first) & mask & near(r, first)) >> 16 * h;
-        if (!(read & 0xffff)) continue;
-        v16f products[16];
-        clear<16>(products);
-        for (int64_t part = 0; part < parts; part++) {
-          const Pair query = q_.exact[r * parts + part];
-#pragma GCC unroll 16
-          for (int t = 0; t < 16; t++)
-            products[t] = Pairs::dot(products[t], Pairs::of_bf16(channels(rows[16 * h + t], part)), query);
+      const uint32_t half = mask >> h * vs::kHalf & 0xffff;
+      if (!half) continue;
+      const uint16_t* const* at = rows + h * vs::kHalf;
+      for (int64_t r = 0; r < rows_;) {
+        switch (rows_ - r) {
+          case 1: exact_rows<1>(at, half, r, first, g, h); r += 1; break;
+          case 2: exact_rows<2>(at, half, r, first, g, h); r += 2; break;
+          default: exact_rows<4>(at, half, r, first, g, h); r += 4;
         }
-        float* at = s_.scores + r * kTile + g * vs::kGroup + h * vs::kHalf;
-        store(at, select(lanes(read), sums(products) * call_.scale, load(at)));
       }
+    }
+  }
+
+  // Up to R rows over half a group: a vector of sums holds all of them for as many tokens as it has room for.
+  template <int R>
+  void exact_rows(const uint16_t* const* keys, uint32_t mask, int64_t start, int64_t first, int g, int h) {
+    constexpr int kTokens = 16 / R;
+    const int64_t parts = padded(dim_) / 32, last = rows_ - 1;
+    alignas(64) float scores[R][16];
+    for (int t = 0; t < 16; t += kTokens) {
+      if (!(mask >> t & ((1u << kTokens) - 1))) continue;
+      v16f products_of[16];  // [row][token]
+      clear<16>(products_of);
+      for (int64_t part = 0; part < parts; part++) {
+        Pair query[R];
+#pragma GCC unroll 4
+        for (int i = 0; i < R; i++) query[i] = q_.exact[std::min(start + i, last) * parts + part];
+#pragma GCC unroll 16
+        for (int k = 0; k < kTokens; k++) {
+          const Pair key = Pairs::of_bf16(channels(keys[t + k], part, dim_));
+#pragma GCC unroll 4
+          for (int i = 0; i < R; i++) products_of[i * kTokens + k] = Pairs::dot(products_of[i * kTokens + k], key, query[i]);
+        }
+      }
+      if (!start) next_.copies(kTokens);
+      alignas(64) float found[16];
+      store(found, sums(products_of));
+#pragma GCC unroll 4
+      for (int i = 0; i < R; i++) memcpy(&scores[i][t], found + i * kTokens, kTokens * sizeof(float));
+    }
+    for (int i = 0; i < R && start + i < rows_; i++) {
+      const uint32_t read = seen(start + i, first) >> h * vs::kHalf & mask & near(start + i, first) >> h * vs::kHalf;
+      float* at = s_.scores + (start + i) * kTile + g * vs::kGroup + h * vs::kHalf;
+      store(at, select(lanes(read), load(scores[i]) * call_.scale, load(at)));
     }
   }
 
@@ -673,33 +766,50 @@ class Attention {
   }
 
   void exact_outputs(int64_t start, int groups, const uint32_t* any_exact, State& state) {
-    const int64_t parts = padded(dim_) / 32;
     for (int g = 0; g < groups; g++) {
       if (!any_exact[g]) continue;
       const uint16_t* rows[vs::kGroup];
-      copies_of(start + g * vs::kGroup, any_exact[g], false, rows);
-      uint32_t tokens = any_exact[g] | any_exact[g] >> 16;
-      for (int i = 0; i < 16; i++)
-        for (int64_t part = 0; part < parts; part++) {
-          const v16u a = channels(rows[i], part), b = channels(rows[16 + i], part);
-          Pair* to = s_.exact_values + (i * parts + part) * 2;
-          to[0] = Pairs::of_bf16((a & 0xffffu) | b << 16);
-          to[1] = Pairs::of_bf16(a >> 16 | (b & 0xffff0000u));
+      copies_of(g, start + g * vs::kGroup, any_exact[g], false, rows);
+      const uint32_t tokens = (any_exact[g] | any_exact[g] >> 16) & 0xffff;
+      for (int64_t r = 0; r < rows_;) {
+        switch (rows_ - r) {
+          case 1: add_copies<1>(rows, tokens, r, g, state); r += 1; break;
+          case 2: add_copies<2>(rows, tokens, r, g, state); r += 2; break;
+          case 3: add_copies<3>(rows, tokens, r, g, state); r += 3; break;
+          default: add_copies<4>(rows, tokens, r, g, state); r += 4;
         }
-      for (int64_t r = 0; r < rows_; r++) {
-        const PairScalar* weights = s_.exact_pairs + (r * kTileGroups + g) * 16;
-        for (int64_t part = 0; part < parts; part++) {
-          float* out = state.plain + r * parts * 32 + part * 32;
-          v16f even = load(out), odd = load(out + 16);
-          for (uint32_t left = tokens & 0xffff; left; left &= left - 1) {
-            const int i = __builtin_ctz(left);
-            const Pair weight = Pairs::broadcast(weights[i]);
-            even = Pairs::dot(even, s_.exact_values[(i * parts + part) * 2], weight);
-            odd = Pairs::dot(odd, s_.exact_values[(i * parts + part) * 2 + 1], weight);
-          }
-          store(out, even);
-          store(out + 16, odd);
+      }
+    }
+  }
+
+  // R rows' outputs of a group's copies: pairs of tokens, channels in lanes.
+  template <int R>
+  void add_copies(const uint16_t* const* values, uint32_t tokens, int64_t first, int g, State& state) {
+    const int64_t parts = padded(dim_) / 32;
+    const PairScalar* weights = s_.exact_pairs + (first * kTileGroups + g) * 16;
+    for (int64_t part = 0; part < parts; part++) {
+      float* out = state.plain + first * parts * 32 + part * 32;
+      v16f even[R], odd[R];
+#pragma GCC unroll 4
+      for (int i = 0; i < R; i++) {
+        even[i] = load(out + i * parts * 32);
+        odd[i] = load(out + i * parts * 32 + 16);
+      }
+      for (uint32_t left = tokens; left; left &= left - 1) {
+        const int t = __builtin_ctz(left);
+        const v16u a = channels(values[t], part, dim_), b = channels(values[16 + t], part, dim_);
+        const Pair low = Pairs::of_bf16((a & 0xffffu) | b << 16), high = Pairs::of_bf16(a >> 16 | (b & 0xffff0000u));
+#pragma GCC unroll 4
+        for (int i = 0; i < R; i++) {
+          const Pair weight = Pairs::broadcast(weights[i * kTileGroups * 16 + t]);
+          even[i] = Pairs::dot(even[i], low, weight);
+          odd[i] = Pairs::dot(odd[i], high, weight);
         }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < R; i++) {
+        store(out + i * parts * 32, even[i]);
+        store(out + i * parts * 32 + 16, odd[i]);
       }
     }
   }
@@ -730,11 +840,11 @@ class Attention {
                     lane / vs::kHalf * 16);
         const float scale = layer_.scales[group[vs::kValueScales + lane] & (vs::kFlat - 1)];
         for (int64_t c = 0; c < dim_; c += 16)
-          store(s_.vector + c, load(s_.vector + c) * load(flat_width + c) * scale + load(center + c));
+          store(s_.vectors + c, load(s_.vectors + c) * load(flat_width + c) * scale + load(center + c));
         for (int64_t r = 0; r < rows_; r++) {
           const float weight = s_.paged[r * kTile + g * vs::kGroup + lane];
           float* out = state.rotated + r * dim_;
-          for (int64_t c = 0; c < dim_; c += 16) store(out + c, load(s_.vector + c) * weight + load(out + c));
+          for (int64_t c = 0; c < dim_; c += 16) store(out + c, load(s_.vectors + c) * weight + load(out + c));
         }
       }
     }
@@ -742,17 +852,19 @@ class Attention {
 
   const Shape& shape_;
   const Layer& layer_;
-  const AttendCall& call_;
+  const StepCall& call_;
   const Item& item_;
   const Queries& q_;
   Scratch& s_;
   const int64_t dim_, rows_;
   const vs::KeyPairs& pairs_;
   const std::vector<vs::Field>& value_fields_;
+  Ahead next_;
   int64_t context_, before_, first_query_, last_query_;
   const float* width_;
   int16_t pair_of_[256];
   int64_t position_[kRows];
+  int32_t copy_lines_[kTileGroups][vs::kGroup];  // where copies lie in the pool, counting lines of dim
   v16f value_scale_[kTileGroups][2];
   uint32_t value_flat_[kTileGroups];
   bool whole_[kTileGroups];  // all rows read all of the group from its page
@@ -760,12 +872,12 @@ class Attention {
 
 int64_t tiles(int64_t context) { return (context + kTile - 1) / kTile; }
 
-// All items of a call: every request's rows in blocks; cut into spans where the blocks alone would leave threads idle.
+// What threads take: every request's rows in blocks. Where these alone would leave threads idle, long ones are cut into spans.
 struct Plan {
-  std::vector<Item> items, whole;     // whole: one per block of rows, in the order of its spans' items
-  std::vector<int64_t> first_item;    // of each whole
-  std::vector<int64_t> whole_of;      // of each item
-  bool split;
+  std::vector<Item> blocks;      // done by one thread, the longest first
+  std::vector<Item> cut, spans;  // blocks that are cut, and their spans, in order
+  std::vector<int64_t> first_span;  // of each cut block, and the end
+  std::vector<int64_t> block_of;    // of each span
 
   explicit Plan(const Shape& shape) {
     for (int64_t request = 0; request < shape.call.num_requests; request++)
@@ -773,35 +885,35 @@ struct Plan {
         for (int64_t head = 0; head < shape.layer.heads; head++) {
           const int64_t rows = std::min<int64_t>(kRows, shape.rows(request) - row);
           const int64_t before = shape.call.context_lens[request] - shape.queries(request);
-          whole.push_back({request, head, row, rows, 0, tiles(before + (row + rows - 1) / shape.group + 1)});
+          blocks.push_back({request, head, row, rows, 0, tiles(before + (row + rows - 1) / shape.group + 1)});
         }
-    split = static_cast<int64_t>(whole.size()) < 8 * shape.call.num_threads;
-    if (!split) {
-      // Long ones first, so that none is left over at the end.
-      std::stable_sort(whole.begin(), whole.end(), [](const Item& a, const Item& b) { return a.last_tile > b.last_tile; });
-      return;
-    }
-    for (const Item& item : whole) {
-      first_item.push_back(items.size());
-      for (int64_t tile = 0; tile < item.last_tile; tile += kSpan / kTile) {
-        items.push_back(item);
-        whole_of.push_back(first_item.size() - 1);
-        items.back().first_tile = tile;
-        items.back().last_tile = std::min<int64_t>(tile + kSpan / kTile, item.last_tile);
+    std::stable_sort(blocks.begin(), blocks.end(), [](const Item& a, const Item& b) { return a.last_tile > b.last_tile; });
+    if (static_cast<int64_t>(blocks.size()) >= 8 * shape.call.num_threads) return;
+    const int64_t tiles_per_span = kSpan / kTile;
+    const auto is_long = [&](const Item& item) { return item.last_tile > tiles_per_span; };
+    const auto end = std::find_if_not(blocks.begin(), blocks.end(), is_long);
+    cut.assign(blocks.begin(), end);
+    blocks.erase(blocks.begin(), end);
+    for (const Item& item : cut) {
+      first_span.push_back(spans.size());
+      for (int64_t tile = 0; tile < item.last_tile; tile += tiles_per_span) {
+        block_of.push_back(first_span.size() - 1);
+        spans.push_back(item);
+        spans.back().first_tile = tile;
+        spans.back().last_tile = std::min(tile + tiles_per_span, item.last_tile);
       }
     }
-    first_item.push_back(items.size());
+    first_span.push_back(spans.size());
   }
 };
 
-// What the split plan needs beside the threads' scratch.
+// What cut blocks need beside the threads' scratch.
 struct Shared {
-  std::vector<Queries> queries;  // of each whole
-  std::vector<float*> states;    // of each item
-  Shared(const Plan& plan, int64_t dim, Carver& carver) {
-    if (!plan.split) return;
-    for (const Item& item : plan.whole) queries.emplace_back(item.rows, dim, carver);
-    for (const Item& item : plan.items) {
+  std::vector<Queries> queries;  // of each cut block
+  std::vector<float*> states;    // of each span
+  Shared(const Plan& plan, int64_t dim, vs::Carver& carver) {
+    for (const Item& item : plan.cut) queries.emplace_back(item.rows, dim, carver);
+    for (const Item& item : plan.spans) {
       states.emplace_back();
       carver.take(states.back(), State::floats(item.rows, dim));
     }
@@ -810,58 +922,64 @@ struct Shared {
 
 }  // namespace
 
-int64_t vs_attend(const Layer* layer_pointer, const AttendCall* call_pointer) {
+int64_t vs_step(const Layer* layer_pointer, const StepCall* call_pointer) {
   const Layer& layer = *layer_pointer;
-  const AttendCall& call = *call_pointer;
+  const StepCall& call = *call_pointer;
   const Shape shape{call.num_query_heads / layer.heads, layer, call};
   const Plan plan(shape);
-  const int64_t dim = layer.dim, wholes = plan.whole.size(), items = plan.items.size();
-  Carver counter(nullptr);
+  const int64_t dim = layer.dim, blocks = plan.blocks.size(), cut = plan.cut.size(), spans = plan.spans.size();
+  const int64_t stored = vs::store_units(layer, call), written = (call.num_writes + kWrites - 1) / kWrites;
+  vs::Carver counter(nullptr);
+  vs::StoreScratch(layer, counter);
   Scratch(dim, counter);
   const size_t each = counter.used();
   Shared(plan, dim, counter);
   const int64_t needed = (call.num_threads - 1) * each + counter.used();
   if (needed > call.workspace_bytes) return needed;
-  Carver carver(call.workspace + call.num_threads * each);
+  vs::Carver carver(call.workspace + call.num_threads * each);
   Shared shared(plan, dim, carver);
 #pragma omp parallel num_threads(call.num_threads)
   {
-    Carver own(call.workspace + omp_get_thread_num() * each);
+    vs::Carver own(call.workspace + omp_get_thread_num() * each);
+    vs::StoreScratch store_scratch(layer, own);
     Scratch scratch(dim, own);
     std::fill(scratch.zeros, scratch.zeros + dim, uint16_t{0});
     // Before anything is read: a request of this step may share a prefix that another one is just writing.
-    if (call.num_writes > 0) {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < call.num_writes; i++) write_copy(layer, call, i, scratch.line);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < stored + cut + written; i++) {
+      if (i < stored)
+        vs::store_unit(layer, call, i, store_scratch);
+      else if (i < stored + cut)
+        Attention::prepare(shape, plan.cut[i - stored], shared.queries[i - stored], scratch);
+      else
+        for (int64_t k = (i - stored - cut) * kWrites; k < std::min((i - stored - cut + 1) * kWrites, call.num_writes); k++)
+          write_copy(layer, call, k, scratch.lines);
     }
-    if (plan.split) {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < wholes; i++) Attention::prepare(shape, plan.whole[i], shared.queries[i], scratch);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < items; i++) {
-        const Item& item = plan.items[i];
+    for (int64_t i = 0; i < spans + blocks; i++) {
+      if (i < spans) {
+        const Item& item = plan.spans[i];
         State state(shared.states[i], item.rows, dim);
         state.clear(item.rows, dim);
-        Attention(shape, item, shared.queries[plan.whole_of[i]], scratch).run(state);
+        Attention(shape, item, shared.queries[plan.block_of[i]], scratch, nullptr).run(state);
+        continue;
       }
+      const Item& item = plan.blocks[i - spans];
+      State state(scratch.item, item.rows, dim);
+      state.clear(item.rows, dim);
+      const bool more = i - spans + call.num_threads < blocks;
+      Attention::prepare(shape, item, scratch.queries, scratch);
+      Attention(shape, item, scratch.queries, scratch, more ? &item + call.num_threads : nullptr).run(state);
+      Attention::finish(shape, item, state, scratch);
+    }
+    if (cut) {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < wholes; i++) {
-        const Item& item = plan.whole[i];
+      for (int64_t i = 0; i < cut; i++) {
+        const Item& item = plan.cut[i];
         State state(scratch.item, item.rows, dim);
         state.clear(item.rows, dim);
-        for (int64_t k = plan.first_item[i]; k < plan.first_item[i + 1]; k++)
+        for (int64_t k = plan.first_span[i]; k < plan.first_span[i + 1]; k++)
           Attention::merge(state, State(shared.states[k], item.rows, dim), item.rows, dim);
-        Attention::finish(shape, item, state, scratch);
-      }
-    } else {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < wholes; i++) {
-        const Item& item = plan.whole[i];
-        State state(scratch.item, item.rows, dim);
-        state.clear(item.rows, dim);
-        if (i + call.num_threads < wholes) Attention::fetch(shape, plan.whole[i + call.num_threads]);
-        Attention::prepare(shape, item, scratch.queries, scratch);
-        Attention(shape, item, scratch.queries, scratch).run(state);
         Attention::finish(shape, item, state, scratch);
       }
     }

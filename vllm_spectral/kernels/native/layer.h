@@ -53,6 +53,12 @@ struct KeyPairs {
   int64_t narrow = 0;
 };
 
+// A codebook's boundaries in the order in which a binary search meets them: those of depth d, 2 ** d of them, by the d bits
+// found before. Each depth starts at a vector of its own.
+constexpr int kDepths = 8;
+constexpr int edges_at(int depth) { return depth <= 4 ? 16 * depth : 48 + (1 << depth); }
+constexpr int kEdges = edges_at(kDepths);
+
 constexpr int kNarrow = 5;  // widest codes whose levels fit one vector register
 
 struct Coding {
@@ -117,8 +123,9 @@ struct Layer {
   vs::Coding keys, values;
   std::vector<int32_t> key_start, key_half, value_start;
   std::vector<vs::KeyPairs> key_pairs;  // per head
-  vs::Array<float> levels, boundaries;  // [max_bits + 1][row]
-  int64_t row;                          // floats per row of the two
+  vs::Array<float> levels;  // [max_bits + 1][row]
+  int64_t row;              // floats per row
+  vs::Array<float> edges;   // [max_bits + 1][vs::kEdges]: codebooks' boundaries by depth of a binary search
   vs::Array<uint32_t> pair_tables;      // [max_bits + 1][pair_row]: bf16 levels by 16-bit index, see attend
   vs::Array<float> scales, inverse_scales, scale_bounds;
   int64_t search_first, search_count;
@@ -135,8 +142,8 @@ struct Layer {
         key_half(spec.key_half, spec.key_half + heads),
         value_start(spec.value_start, spec.value_start + heads),
         levels(spec.levels, (max_bits + 1) << max_bits),
-        boundaries(spec.boundaries, (max_bits + 1) << max_bits),
         row(1 << max_bits),
+        edges((max_bits + 1) * vs::kEdges),
         pair_tables((max_bits + 1) * pair_row()),
         scales(spec.scales, vs::kScales),
         inverse_scales(spec.inverse_scales, vs::kScales),
@@ -163,6 +170,11 @@ struct Layer {
       }
       key_pairs.push_back(pairs);
     }
+    for (int64_t bits = 1; bits <= max_bits; bits++)
+      for (int depth = 0; depth < bits; depth++)
+        for (int64_t i = 0; i < int64_t{1} << depth; i++)
+          edges[bits * vs::kEdges + vs::edges_at(depth) + i] =
+              spec.boundaries[bits * row + (i << (bits - depth)) + (int64_t{1} << (bits - depth - 1)) - 1];
     // 16-bit entries; short tables are repeated, so that bits of neighbouring fields above an index do no harm.
     uint16_t* table = reinterpret_cast<uint16_t*>(pair_tables.get());
     for (int64_t bits = 0; bits <= max_bits; bits++)
@@ -176,7 +188,7 @@ struct Layer {
   int64_t pair_row() const { return (row > 32 ? row : 32) / 2; }  // 32-bit units
 
   size_t bytes() const {
-    return keys.bytes() + values.bytes() + levels.bytes() + boundaries.bytes() + pair_tables.bytes() + scales.bytes() +
+    return keys.bytes() + values.bytes() + levels.bytes() + edges.bytes() + pair_tables.bytes() + scales.bytes() +
            inverse_scales.bytes() + scale_bounds.bytes();
   }
 };

@@ -3,7 +3,8 @@
 #pragma once
 #include <cstdint>
 
-constexpr int kTogether = 4;  // vectors rotated at once, so that each part of the basis is read once for all
+constexpr int kTogether = 8;  // vectors rotated at once, so that each part of the basis is read once for all
 
-// out[kTogether, dim] = vectors[kTogether, dim] @ basis[dim, dim], summed over the basis' rows in order, rounded once.
-void rotate(const double* vectors, const float* basis, int64_t dim, float* out);
+// out[count, dim] = vectors[count, dim] @ basis[dim, dim], summed over the basis' rows in order, rounded once; count is at
+// most kTogether, and both arrays have room for so many.
+void rotate(const double* vectors, int count, const float* basis, int64_t dim, float* out);

@@ -13,6 +13,7 @@ typedef float v16f __attribute__((vector_size(64), may_alias, aligned(64)));
 typedef int32_t v16i __attribute__((vector_size(64), may_alias, aligned(64)));
 typedef uint32_t v16u __attribute__((vector_size(64), may_alias, aligned(64)));
 typedef float v16f_u __attribute__((vector_size(64), may_alias, aligned(4)));
+typedef int32_t v16i_u __attribute__((vector_size(64), may_alias, aligned(4)));
 typedef uint8_t v16b __attribute__((vector_size(16), may_alias, aligned(1)));
 typedef float v8f __attribute__((vector_size(32), may_alias, aligned(32)));
 typedef double v8d __attribute__((vector_size(64), may_alias, aligned(64)));
@@ -23,6 +24,8 @@ VS_INLINE v16f splat(float x) { return v16f{} + x; }
 VS_INLINE v16i splat(int32_t x) { return v16i{} + x; }
 VS_INLINE v16f load(const float* p) { return *reinterpret_cast<const v16f_u*>(p); }
 VS_INLINE void store(float* p, v16f x) { *reinterpret_cast<v16f_u*>(p) = x; }
+VS_INLINE v16i load_integers(const int32_t* p) { return *reinterpret_cast<const v16i_u*>(p); }
+VS_INLINE void store_integers(int32_t* p, v16i x) { *reinterpret_cast<v16i_u*>(p) = x; }
 VS_INLINE v16u load_words(const void* p) { return *static_cast<const v16u*>(p); }
 VS_INLINE v16f as_float(v16i x) { return reinterpret_cast<v16f&>(x); }
 VS_INLINE v16i as_int(v16f x) { return reinterpret_cast<v16i&>(x); }
@@ -44,6 +47,17 @@ VS_INLINE v16i lanes(uint32_t mask) {
   return (splat(static_cast<int32_t>(mask & 0xffff)) & bit) != 0;
 }
 
+// Which lanes are negative, as bits.
+VS_INLINE uint32_t signs(v16i x) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)x);
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < 16; i++) mask |= (static_cast<uint32_t>(x[i]) >> 31) << i;
+  return mask;
+#endif
+}
+
 // The highest bit of each of 16 bytes.
 VS_INLINE uint32_t high_bits(const uint8_t* bytes) {
 #if defined(__SSE2__)
@@ -55,13 +69,28 @@ VS_INLINE uint32_t high_bits(const uint8_t* bytes) {
 #endif
 }
 
-// table[index] for a table of 2 ** bits floats, 64-byte aligned, at least 16 entries allocated.
+#if defined(__AVX512F__)
+// Of 2 ** kBits floats in registers: faster than 16 loads.
+template <int kBits>
+VS_INLINE v16f lookup_wide(const float* table, v16i index) {
+  if constexpr (kBits == 5) {
+    return (v16f)_mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)index, _mm512_load_ps(table + 16));
+  } else {
+    const v16f low = lookup_wide<kBits - 1>(table, index), high = lookup_wide<kBits - 1>(table + (1 << (kBits - 1)), index);
+    const __mmask16 upper = _mm512_test_epi32_mask((__m512i)index, _mm512_set1_epi32(1 << (kBits - 1)));
+    return (v16f)_mm512_mask_blend_ps(upper, (__m512)low, (__m512)high);
+  }
+}
+#endif
+
+// table[index] for a table of 2 ** bits floats, at most 8 bits, 64-byte aligned, at least 16 entries allocated.
 VS_INLINE v16f lookup(const float* table, [[maybe_unused]] int bits, v16i index) {
 #if defined(__AVX512F__)
   if (bits <= 4) return (v16f)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
-  if (bits == 5)
-    return (v16f)_mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)index, _mm512_load_ps(table + 16));
-  return (v16f)_mm512_i32gather_ps((__m512i)index, table, 4);
+  if (bits == 5) return lookup_wide<5>(table, index);
+  if (bits == 6) return lookup_wide<6>(table, index);
+  if (bits == 7) return lookup_wide<7>(table, index);
+  return lookup_wide<8>(table, index);
 #elif defined(__AVX2__)
   const __m256i* half = reinterpret_cast<const __m256i*>(&index);
   __m256 out[2];
@@ -84,16 +113,6 @@ VS_INLINE v16f lookup(const float* table, [[maybe_unused]] int bits, v16i index)
   for (int i = 0; i < 16; i++) result[i] = table[index[i]];
   return result;
 #endif
-}
-
-// How many of a codebook's boundaries lie below x: a binary search over 2 ** bits - 1 rising values.
-VS_INLINE v16i nearest_code(const float* boundaries, int bits, v16f x) {
-  v16i code = {};
-  for (int step = 1 << (bits - 1); step > 0; step >>= 1) {
-    const v16f edge = lookup(boundaries, bits, code + (step - 1));
-    code += (edge < x) & step;
-  }
-  return code;
 }
 
 // An initializer in braces becomes a slow string instruction.

@@ -1,16 +1,18 @@
 // Store: rotate, scale, quantize, choose the fallback, pack and write. Compiled once per instruction set, without
 // contracting products and sums, so that every set stores the bytes that the Python reference stores.
-#include <algorithm>
-#include <cmath>
+#include "store.h"
 
-#include "layer.h"
+#include <algorithm>
+#include <type_traits>
+
 #include "rotate.h"
 #include "rows.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int kChunk = 16;  // tokens per work item: one lane each when codes are packed
+constexpr int kChunk = 16;  // tokens per unit of work: one lane each when codes are packed
+constexpr int kTried = 8;   // most scales tried, one lane each: a vector holds two tokens
 
 struct Fit {
   int scale;    // index
@@ -24,9 +26,36 @@ struct Allocation {
   float inverse_stored;
 };
 
-// whitened[c * kChunk + t] and the scale around which to search, for all tokens of a chunk.
-void whiten(const float* rotated, const float* center, const Allocation& to, int64_t dim, const Layer& layer, float* whitened,
-            int* middle, float* power_of) {
+// Calls work(std::integral_constant<int, bits>), so that every number of bits gets code of its own.
+template <typename Work>
+VS_INLINE void with_bits(int bits, const Work& work) {
+  switch (bits) {
+    case 0: work(std::integral_constant<int, 0>()); break;
+    case 1: work(std::integral_constant<int, 1>()); break;
+    case 2: work(std::integral_constant<int, 2>()); break;
+    case 3: work(std::integral_constant<int, 3>()); break;
+    case 4: work(std::integral_constant<int, 4>()); break;
+    case 5: work(std::integral_constant<int, 5>()); break;
+    case 6: work(std::integral_constant<int, 6>()); break;
+    case 7: work(std::integral_constant<int, 7>()); break;
+    default: work(std::integral_constant<int, 8>());
+  }
+}
+
+// Nearest codes of some vectors of numbers: how many of the codebook's boundaries lie below each.
+template <int kBits, int kVectors>
+VS_INLINE void nearest_codes(const float* edges, const v16f* x, v16i* codes) {
+  for (int v = 0; v < kVectors; v++) codes[v] = v16i{};
+#pragma GCC unroll 8
+  for (int depth = 0; depth < kBits; depth++)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++)
+      codes[v] = codes[v] + codes[v] - (lookup(edges + vs::edges_at(depth), depth, codes[v]) < x[v]);
+}
+
+// whitened[c * kChunk + t] of all tokens of a chunk, and of those in the list the scale around which to search.
+void whiten(const float* rotated, const float* center, const Allocation& to, int64_t dim, const Layer& layer, const int* tokens,
+            int count, float* whitened, int* middle, float* power_of) {
   v16f power = {};
   for (int64_t c = 0; c < dim; c++) {
     v16f x = load(rotated + c * kChunk);
@@ -38,50 +67,72 @@ void whiten(const float* rotated, const float* center, const Allocation& to, int
   }
   power = power * to.inverse_stored;
   store(power_of, power);
-  for (int t = 0; t < kChunk; t++) {
+  for (int i = 0; i < count; i++) {
     const float* bounds = layer.scale_bounds.get();
-    middle[t] = static_cast<int>(std::upper_bound(bounds, bounds + vs::kScales - 1, power[t]) - bounds);
+    middle[tokens[i]] = static_cast<int>(std::upper_bound(bounds, bounds + vs::kScales - 1, power_of[tokens[i]]) - bounds);
   }
 }
 
-// The best scale of two tokens, eight candidates each, one per lane.
-void search(const float* whitened, int first, int second, const int* middle, const Allocation& to, int64_t dim,
-            const Layer& layer, Fit* fits) {
-  v16i index;
-  for (int i = 0; i < 16; i++) {
-    const int candidate = middle[i < 8 ? first : second] + static_cast<int>(layer.search_first) + (i & 7);
-    index[i] = std::clamp(candidate, 0, vs::kScales - 1);
-  }
-  v16f scale, inverse;
-  for (int i = 0; i < 16; i++) {
-    scale[i] = layer.scales[index[i]];
-    inverse[i] = layer.inverse_scales[index[i]];
-  }
+// The best scales of twice kVectors tokens, which need not differ: a vector holds two tokens, kTried scales each.
+template <int kVectors>
+void search(const float* whitened, const int* tokens, const int* middle, const Allocation& to, int64_t dim, const Layer& layer,
+            Fit* fits) {
   const v16i of_second = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
-  v16f error = {};
-  for (int64_t c = 0; c < dim; c++) {
-    const v16f w = select(of_second, splat(whitened[c * kChunk + second]), splat(whitened[c * kChunk + first]));
-    const int bits = to.fields[c].bits;
-    v16f restored = {};
-    if (bits) {
-      const v16i code = nearest_code(&layer.boundaries[bits * layer.row], bits, w * inverse);
-      restored = lookup(&layer.levels[bits * layer.row], bits, code) * scale;
-    }
-    const v16f miss = (w - restored) * to.width[c];
-    error = error + miss * miss;
+  const v16i step = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
+  v16i lane[kVectors], index[kVectors];
+  v16f scale[kVectors], inverse[kVectors], error[kVectors];
+  for (int v = 0; v < kVectors; v++) {
+    const int first = tokens[2 * v], second = tokens[2 * v + 1];
+    lane[v] = of_second ? splat(second) : splat(first);
+    index[v] = (of_second ? splat(middle[second]) : splat(middle[first])) + static_cast<int>(layer.search_first) + step;
+    index[v] = index[v] < 0 ? splat(0) : index[v];
+    index[v] = index[v] > vs::kScales - 1 ? splat(vs::kScales - 1) : index[v];
+    scale[v] = lookup(layer.scales.get(), 7, index[v]);
+    inverse[v] = lookup(layer.inverse_scales.get(), 7, index[v]);
+    error[v] = v16f{};
   }
-  for (int which = 0; which < 2; which++) {
-    int best = 8 * which;
-    for (int i = best + 1; i < 8 * which + layer.search_count; i++)
-      if (error[i] < error[best]) best = i;
-    fits[which ? second : first] = {index[best], error[best]};
+  for (int64_t c = 0; c < dim; c++) {
+    v16f w[kVectors];
+    for (int v = 0; v < kVectors; v++) w[v] = lookup(whitened + c * kChunk, 4, lane[v]);
+    const vs::Field& field = to.fields[c];
+    const float width = to.width[c];
+    with_bits(field.bits, [&](auto constant) {
+      constexpr int bits = constant;
+      v16f scaled[kVectors];
+      v16i codes[kVectors];
+      for (int v = 0; v < kVectors; v++) scaled[v] = w[v] * inverse[v];
+      if (bits) nearest_codes<bits, kVectors>(&layer.edges[bits * vs::kEdges], scaled, codes);
+      for (int v = 0; v < kVectors; v++) {
+        v16f restored = {};
+        if (bits) restored = lookup(field.levels, bits, codes[v]) * scale[v];
+        const v16f miss = (w[v] - restored) * width;
+        error[v] = error[v] + miss * miss;
+      }
+    });
+  }
+  for (int v = 0; v < kVectors; v++) {
+    alignas(64) float errors[16];
+    store(errors, error[v]);
+    for (int which = 0; which < 2; which++) {
+      int best = kTried * which;
+      for (int i = best + 1; i < kTried * which + layer.search_count; i++)
+        if (errors[i] < errors[best]) best = i;
+      fits[tokens[2 * v + which]] = {index[v][best], errors[best]};
+    }
   }
 }
 
 void best_scales(const float* whitened, const int* tokens, int count, const int* middle, const Allocation& to, int64_t dim,
                  const Layer& layer, Fit* fits) {
-  for (int i = 0; i < count; i += 2)
-    search(whitened, tokens[i], tokens[std::min(i + 1, count - 1)], middle, to, dim, layer, fits);
+  constexpr int kVectors = 4;
+  for (int i = 0; i < count; i += 2 * kVectors) {
+    int some[2 * kVectors];
+    for (int j = 0; j < 2 * kVectors; j++) some[j] = tokens[std::min(i + j, count - 1)];
+    if (count - i > 2)
+      search<kVectors>(whitened, some, middle, to, dim, layer, fits);
+    else
+      search<1>(whitened, some, middle, to, dim, layer, fits);
+  }
 }
 
 // Adds the codes of the tokens in mask to words[vector * kChunk + t], 32 bits for keys and 16 for values.
@@ -93,42 +144,75 @@ void code(const float* whitened, const Fit* fits, uint32_t mask, const Allocatio
   for (int64_t c = 0; c < dim; c++) {
     const vs::Field& field = to.fields[c];
     if (!field.bits) continue;
-    const v16i found = nearest_code(&layer.boundaries[field.bits * layer.row], field.bits, load(whitened + c * kChunk) * inverse);
+    const v16f scaled = load(whitened + c * kChunk) * inverse;
+    v16i found;
+    with_bits(field.bits, [&](auto bits) { nearest_codes<bits, 1>(&layer.edges[bits * vs::kEdges], &scaled, &found); });
     v16i* word = reinterpret_cast<v16i*>(words + field.offset / vs::kVectorBytes * kChunk);
     *word |= (found & chosen) << field.shift;
   }
 }
 
-struct Scratch {
-  vs::Array<double> vectors;
-  vs::Array<float> line, turned, rotated, whitened, flat_whitened;
-  vs::Array<uint32_t> words;
-  explicit Scratch(int64_t dim, int64_t slot_bytes)
-      : vectors(kTogether * dim),
-        line(dim),
-        turned(kTogether * dim),
-        rotated(dim * kChunk),
-        whitened(dim * kChunk),
-        flat_whitened(dim * kChunk),
-        words(slot_bytes / 2 * kChunk) {}
+// Where the fields of a token's key or value lie: of each vector, the key's 4 bytes or the value's 2.
+struct Place {
+  uint8_t *scale, *fields;
 };
 
-void store_chunk(const Layer& layer, const StoreCall& call, int64_t start, int64_t head, bool keys, Scratch& scratch) {
-  const int64_t dim = layer.dim;
-  const vs::Coding& coding = keys ? layer.keys : layer.values;
+Place place_of(const Layer& layer, const StepCall& call, int64_t slot, int64_t head, bool keys) {
+  const int64_t offset = slot % call.pages.block_size;
+  const int lane = offset % vs::kGroup, half = lane / vs::kHalf;
+  uint8_t* group = call.pages.data + slot / call.pages.block_size * call.pages.block_stride + head * call.pages.head_stride +
+                   offset / vs::kGroup * vs::kGroup * layer.slot_bytes;
+  if (keys)
+    return {group + lane, group + layer.key_start[head] + half * layer.key_half[head] + lane % vs::kHalf * 4};
+  return {group + vs::kValueScales + lane, group + layer.value_start[head] + lane % vs::kHalf * 4 + half * 2};
+}
+
+}  // namespace
+
+namespace vs {
+
+StoreScratch::StoreScratch(const Layer& layer, Carver& carver) {
+  carver.take(vectors, kTogether * layer.dim);
+  carver.take(turned, kTogether * layer.dim);
+  carver.take(rotated, layer.dim * kChunk);
+  carver.take(whitened, layer.dim * kChunk);
+  carver.take(flat_whitened, layer.dim * kChunk);
+  carver.take(words, layer.slot_bytes / 2 * kChunk);
+}
+
+int64_t store_units(const Layer& layer, const StepCall& call) {
+  return (call.num_stored + kChunk - 1) / kChunk * layer.heads * 2;
+}
+
+void store_unit(const Layer& layer, const StepCall& call, int64_t unit, StoreScratch& scratch) {
+  const int64_t dim = layer.dim, start = unit / (2 * layer.heads) * kChunk, head = unit / 2 % layer.heads;
+  const bool keys = unit % 2 == 0;
+  const Coding& coding = keys ? layer.keys : layer.values;
   const Rows& rows = keys ? call.keys : call.values;
+  const int64_t room = keys ? layer.key_half[head] : kGroup * layer.slot_bytes - layer.value_start[head];
+  const int64_t vectors = room / kVectorBytes;
   int tokens[kChunk], count = 0;
-  for (int t = 0; t < kChunk && start + t < call.num_tokens; t++)
-    if (call.slot_mapping[start + t] >= 0) tokens[count++] = t;
+  Place places[kChunk];
+  for (int t = 0; t < kChunk && start + t < call.num_stored; t++) {
+    const int64_t slot = call.slot_mapping[start + t];
+    if (slot < 0) continue;
+    const Place place = place_of(layer, call, slot, head, keys);
+    // All lines of a group are written to, and in a decode step none is at hand: let them come while we compute.
+    if (!count || (place.fields - places[count - 1].fields) / kVectorBytes != 0)
+      for (int64_t v = 0; v < vectors; v++) __builtin_prefetch(place.fields + v * kVectorBytes, 1, 3);
+    places[count] = place;
+    tokens[count++] = t;
+  }
   if (!count) return;
-  float* rotated = scratch.rotated.get();
+  float* rotated = scratch.rotated;
+  if (count < kChunk) memset(rotated, 0, dim * kChunk * sizeof(float));
   for (int i = 0; i < count; i += kTogether) {
     const int some = std::min(kTogether, count - i);
     for (int j = 0; j < some; j++) {
-      read_row(rows, start + tokens[i + j], head, dim, scratch.line.get());
-      for (int64_t c = 0; c < dim; c++) scratch.vectors[j * dim + c] = scratch.line[c];
+      read_row(rows, start + tokens[i + j], head, dim, scratch.turned);
+      for (int64_t c = 0; c < dim; c++) scratch.vectors[j * dim + c] = scratch.turned[c];
     }
-    rotate(scratch.vectors.get(), coding.basis + head * dim * dim, dim, scratch.turned.get());
+    rotate(scratch.vectors, some, coding.basis + head * dim * dim, dim, scratch.turned);
     for (int j = 0; j < some; j++)
       for (int64_t c = 0; c < dim; c++) rotated[c * kChunk + tokens[i + j]] = scratch.turned[j * dim + c];
   }
@@ -140,9 +224,9 @@ void store_chunk(const Layer& layer, const StoreCall& call, int64_t start, int64
   Fit fits[kChunk], flat_fits[kChunk];
   int middle[kChunk], flat_middle[kChunk];
   float power[kChunk], flat_power[kChunk];
-  whiten(rotated, nullptr, spectral, dim, layer, scratch.whitened.get(), middle, power);
-  best_scales(scratch.whitened.get(), tokens, count, middle, spectral, dim, layer, fits);
-  whiten(rotated, coding.center.get() + at, flat, dim, layer, scratch.flat_whitened.get(), flat_middle, flat_power);
+  whiten(rotated, nullptr, spectral, dim, layer, tokens, count, scratch.whitened, middle, power);
+  best_scales(scratch.whitened, tokens, count, middle, spectral, dim, layer, fits);
+  whiten(rotated, coding.center.get() + at, flat, dim, layer, tokens, count, scratch.flat_whitened, flat_middle, flat_power);
   uint32_t plain_mask = 0, flat_mask = 0;
   int tried[kChunk], num_tried = 0;
   for (int i = 0; i < count; i++) {
@@ -150,7 +234,7 @@ void store_chunk(const Layer& layer, const StoreCall& call, int64_t start, int64
     plain_mask |= 1u << t;
     if (flat_power[t] * coding.flat_needed[head] < fits[t].error * layer.fallback_gain) tried[num_tried++] = t;
   }
-  if (num_tried) best_scales(scratch.flat_whitened.get(), tried, num_tried, flat_middle, flat, dim, layer, flat_fits);
+  if (num_tried) best_scales(scratch.flat_whitened, tried, num_tried, flat_middle, flat, dim, layer, flat_fits);
   for (int i = 0; i < num_tried; i++) {
     const int t = tried[i];
     if (flat_fits[t].error < fits[t].error * layer.fallback_gain) {
@@ -158,40 +242,20 @@ void store_chunk(const Layer& layer, const StoreCall& call, int64_t start, int64
       plain_mask &= ~(1u << t);
     }
   }
-  uint32_t* words = scratch.words.get();
-  const int64_t room = keys ? layer.key_half[head] : vs::kGroup * layer.slot_bytes - layer.value_start[head];
-  const int64_t vectors = room / vs::kVectorBytes;
+  uint32_t* words = scratch.words;
   memset(words, 0, vectors * kChunk * sizeof(uint32_t));
-  if (plain_mask) code(scratch.whitened.get(), fits, plain_mask, spectral, dim, layer, words);
-  if (flat_mask) code(scratch.flat_whitened.get(), flat_fits, flat_mask, flat, dim, layer, words);
+  if (plain_mask) code(scratch.whitened, fits, plain_mask, spectral, dim, layer, words);
+  if (flat_mask) code(scratch.flat_whitened, flat_fits, flat_mask, flat, dim, layer, words);
   for (int i = 0; i < count; i++) {
     const int t = tokens[i];
-    const int64_t slot = call.slot_mapping[start + t], offset = slot % call.pages.block_size;
-    const int lane = offset % vs::kGroup, half = lane / vs::kHalf;
-    uint8_t* group = call.pages.data + slot / call.pages.block_size * call.pages.block_stride + head * call.pages.head_stride +
-                     offset / vs::kGroup * vs::kGroup * layer.slot_bytes;
     const bool is_flat = flat_mask >> t & 1;
-    group[(keys ? 0 : vs::kValueScales) + lane] =
-        static_cast<uint8_t>((is_flat ? flat_fits : fits)[t].scale | (is_flat ? vs::kFlat : 0));
-    if (keys) {
-      uint8_t* to = group + layer.key_start[head] + half * layer.key_half[head] + lane % vs::kHalf * 4;
-      for (int64_t v = 0; v < vectors; v++) memcpy(to + v * vs::kVectorBytes, words + v * kChunk + t, 4);
-    } else {
-      uint8_t* to = group + layer.value_start[head] + lane % vs::kHalf * 4 + half * 2;
-      for (int64_t v = 0; v < vectors; v++) memcpy(to + v * vs::kVectorBytes, words + v * kChunk + t, 2);
-    }
+    *places[i].scale = static_cast<uint8_t>((is_flat ? flat_fits : fits)[t].scale | (is_flat ? kFlat : 0));
+    uint8_t* to = places[i].fields;
+    if (keys)
+      for (int64_t v = 0; v < vectors; v++) memcpy(to + v * kVectorBytes, words + v * kChunk + t, 4);
+    else
+      for (int64_t v = 0; v < vectors; v++) memcpy(to + v * kVectorBytes, words + v * kChunk + t, 2);
   }
 }
 
-}  // namespace
-
-void vs_store(const Layer* layer, const StoreCall* call) {
-  const int64_t chunks = (call->num_tokens + kChunk - 1) / kChunk, items = chunks * layer->heads * 2;
-#pragma omp parallel num_threads(call->num_threads)
-  {
-    Scratch scratch(layer->dim, layer->slot_bytes);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < items; item++)
-      store_chunk(*layer, *call, item / (2 * layer->heads) * kChunk, item / 2 % layer->heads, item % 2 == 0, scratch);
-  }
-}
+}  // namespace vs

@@ -1,9 +1,9 @@
-"""Does the server's memory report agree with the kernel? Resident growth of the worker against pages that were written.
+"""Does the memory report agree with the kernel? Resident memory of the worker at two sizes of the pool, under the same load.
 
-After a warm-up (which grows what is not the cache) a mixed load of concurrent requests fills the pool; pages, once written,
-stay resident.
+Everything but the cache is the same in both servers, so that the difference of the processes is that of the pools. The
+same 32 requests run in both, all at once.
 
-    python -m benchmarks.accounting balanced.spectral --memory 256M
+    python -m benchmarks.accounting balanced.spectral --memory 64M 1G
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from benchmarks.measure import save
 from benchmarks.texts import code, prose
 from deploy.process import ServerProcess, command, running
 
+EXACT = 8 << 20
+"""Size of the exact tier, the same in both."""
+
 
 def memory(server: ServerProcess) -> dict[str, Any]:
     report: dict[str, Any] = json.load(urllib.request.urlopen(server.url + "/v1/kv_cache/memory"))
@@ -30,47 +33,36 @@ def memory(server: ServerProcess) -> dict[str, Any]:
     return report
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profile")
-    parser.add_argument("--memory", default="256M")
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+def loaded(profile: str, size: str, folder: Path) -> dict[str, Any]:
+    """The report after a mixed load of 32 requests."""
     texts = [prose("held-out"), code("held-out")]
-    argv = command("serve", "demo", "--profile", arguments.profile, "--kv-cache-memory-bytes", arguments.memory)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running([*argv, "--max-model-len", "4096"], Path(folder) / "log") as server,
-    ):
+    argv = command("serve", "demo", "--profile", profile, "--kv-cache-memory-bytes", size)
+    with running([*argv, "--max-model-len", "2048", "--exact-memory-bytes", str(EXACT)], folder / "log") as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
         def ask(index: int) -> None:
-            text, length = texts[index % 2], (600, 2500, 6000)[index % 3]
-            start = (index * 7919) % (len(text) - length)
-            client.completions.create(
-                model="demo",
-                prompt=f"{index}: {text[start : start + length]}",
-                max_tokens=16 + index % 48,
-                temperature=0,
-            )
+            text, length = texts[index % 2], (300, 1200, 3000)[index % 3]
+            prompt = text[index * 3000 :][:length]
+            client.completions.create(model="demo", prompt=prompt, max_tokens=16 + index, temperature=0)
+            memory(server)
 
-        with ThreadPoolExecutor(arguments.clients) as pool:
-            list(pool.map(ask, range(arguments.clients)))
-            rows = [memory(server)]
-            batch = 0
-            while rows[-1]["free_bytes"] > 0.1 * rows[-1]["pool_bytes"]:
-                batch += 1
-                list(pool.map(ask, range(batch * arguments.clients, (batch + 1) * arguments.clients)))
-                rows.append(memory(server))
-                first, last = rows[0], rows[-1]
-                written = (last["used_bytes"] + last["cached_bytes"]) - (first["used_bytes"] + first["cached_bytes"])
-                grown = sum(r["process_bytes"] for r in last["ranks"]) - sum(r["process_bytes"] for r in first["ranks"])
-                print(
-                    f"{arguments.clients * (batch + 1)} requests: pages written since the warm-up {written:,} bytes, "
-                    f"resident growth {grown:,}, quotient {grown / written:.3f}", flush=True,
-                )  # fmt: skip
-    save(arguments.json, {"written": written, "grown": grown, "pool": last["pool_bytes"]})
+        with ThreadPoolExecutor(32) as pool:
+            list(pool.map(ask, range(32)))
+        return memory(server)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile")
+    parser.add_argument("--memory", nargs=2, default=["64M", "1G"])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        small, large = (loaded(arguments.profile, size, Path(folder)) for size in arguments.memory)
+    accounted = large["resident_bytes"] - small["resident_bytes"]
+    grown = sum(r["process_bytes"] for r in large["ranks"]) - sum(r["process_bytes"] for r in small["ranks"])
+    print(f"accounted bytes: {accounted:,} more; resident: {grown:,} more; quotient {grown / accounted:.4f}")
+    save(arguments.json, {"accounted": accounted, "grown": grown, "memory": arguments.memory})
 
 
 if __name__ == "__main__":

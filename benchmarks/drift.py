@@ -27,7 +27,8 @@ from benchmarks.measure import save
 from benchmarks.texts import prose
 from deploy.process import ServerProcess, command, running
 
-FLAGS = ("--max-model-len", "2048", "--kv-cache-memory-bytes", "256M", "--fidelity-every", "3")
+FLAGS = ("--max-model-len", "2048", "--kv-cache-memory-bytes", "256M", "--fidelity-every", "4")
+REQUESTS = 30
 
 
 def text(kind: str, index: int) -> str:
@@ -40,7 +41,7 @@ def text(kind: str, index: int) -> str:
 
 
 def visit(server: ServerProcess, kind: str, first: int) -> dict[str, Any]:
-    """Send 60 requests and sum up what the server says of them."""
+    """Send :data:`REQUESTS` requests and sum up what the server says of them."""
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
     def ask(index: int) -> None:
@@ -50,7 +51,7 @@ def visit(server: ServerProcess, kind: str, first: int) -> dict[str, Any]:
 
     # One or two at a time: a step that prefills one prompt is sampled for as much as one that prefills ten.
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(ask, range(first, first + 60)))
+        list(pool.map(ask, range(first, first + REQUESTS)))
     time.sleep(3)
     state = json.load(urllib.request.urlopen(server.url + "/v1/kv_cache/fidelity"))
     layers = [layer for layer in state["layers"] if layer["samples"]]
@@ -77,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "traffic.spectral"
 
-        def serve(profile: str, kind: str, first: int, then: Any = lambda _: None) -> dict[str, Any]:
+        def serve(profile: str, kind: str, first: int, then: Any) -> dict[str, Any]:
             argv = command("serve", "demo", "--profile", profile, *FLAGS)
             with running(argv, Path(folder) / "log") as server:
                 found = visit(server, kind, first)
@@ -90,11 +91,13 @@ def main() -> None:
             )
             subprocess.run(argv, check=True)
 
-        rows["prose, profile as given"] = serve(arguments.profile, "prose", 0)
-        rows["base64, profile as given"] = serve(arguments.profile, "base64", 0, recalibrate)
-        rows["base64, profile from its traffic"] = serve(str(made), "base64", 1000)
-    for name, row in rows.items():
-        print(name, {key: round(value, 4) for key, value in row.items()}, flush=True)
+        for name, profile, kind, first, then in (
+            ("prose, profile as given", arguments.profile, "prose", 0, lambda _: None),
+            ("base64, profile as given", arguments.profile, "base64", 0, recalibrate),
+            ("base64, profile from its traffic", str(made), "base64", 1000, lambda _: None),
+        ):
+            rows[name] = serve(profile, kind, first, then)
+            print(name, {key: round(value, 4) for key, value in rows[name].items()}, flush=True)
     save(arguments.json, rows)
 
 

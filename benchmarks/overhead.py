@@ -1,7 +1,8 @@
 """What watching itself costs a server: output tokens per second with it and without, one server at a time.
 
-Both servers live; the one that is not measured is stopped (SIGSTOP), so that its own watching costs nothing. The defaults are
-measured: one step in 200, a canary a minute, workers asked every two seconds. A window is a minute, hence one canary.
+Without it is vLLM's own server with the plugin, sampling off: no monitor, no canary, no metrics of ours, no middleware,
+vLLM's scheduler. Both servers live; the one that is not measured is stopped (SIGSTOP). The defaults are measured: one step in
+200, a canary a minute, workers asked every two seconds. A window is a minute, hence one canary.
 
     python -m benchmarks.overhead balanced.spectral --rounds 5
 """
@@ -23,10 +24,11 @@ from typing import Any
 from openai import OpenAI
 
 from benchmarks.measure import save
+from benchmarks.serving import stock_server
 from benchmarks.texts import prose
 from deploy.process import ServerProcess, command, running
+from vllm_spectral.config import CONFIG_KEY
 
-OFF = ("--fidelity-every", "0", "--canary-seconds", "0")
 FLAGS = ("--max-model-len", "2048", "--kv-cache-memory-bytes", "256M")
 
 
@@ -70,13 +72,12 @@ def main() -> None:
     serve = command("serve", "demo", "--profile", arguments.profile, *FLAGS)
     rates: dict[str, list[float]] = {"on": [], "off": []}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        servers = {
-            name: stack.enter_context(running([*serve, *flags], Path(folder) / name))
-            for name, flags in (("on", ()), ("off", OFF))
-        }
-        for name, server in servers.items():
+        off = {CONFIG_KEY: {"profile": str(Path(arguments.profile).absolute()), "fidelity_every": 0}}
+        sides = {"on": serve, "off": [*stock_server(), "--additional-config", json.dumps(off), *FLAGS]}
+        servers = {name: stack.enter_context(running(argv, Path(folder) / name)) for name, argv in sides.items()}
+        for server in servers.values():
             window(server, arguments.clients, 5)
-            assert get(server, "/ready")["ready"], name
+        assert get(servers["on"], "/ready")["ready"]
         before, spent = get(servers["on"], "/v1/kv_cache/fidelity")["sampling_seconds"], 0.0
         servers["off"].signal(signal.SIGSTOP)
         servers["on"].signal(signal.SIGSTOP)

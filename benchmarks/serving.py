@@ -30,6 +30,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser as P; p = P(); add_
 STOCK = "import runpy; runpy.run_module('vllm.entrypoints.launchers.api_server.entry', run_name='__main__')"
 
 
+def stock_server() -> list[str]:
+    """VLLM's own server for the demo model, in the shape that ours has by default."""
+    model = ["--model", str(demo_model()), "--served-model-name", "demo"]
+    return [sys.executable, "-c", STOCK, *model, "--enforce-eager", "--block-size", str(BLOCK_SIZE)]
+
+
 def bench(server: ServerProcess, arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     """One run of vLLM's load generator; its JSON result."""
     result = folder / "result.json"
@@ -70,18 +76,8 @@ def main() -> None:
     arguments = parser.parse_args()
     # Random prompts of a range of seeds never share a prefix, and a warm prefix cache would measure something else.
     common = ["--max-model-len", "2048", "--kv-cache-memory-bytes", arguments.memory, "--no-enable-prefix-caching"]
-    stock = [
-        sys.executable,
-        "-c",
-        STOCK,
-        "--model",
-        str(demo_model()),
-        "--served-model-name",
-        "demo",
-        "--enforce-eager",
-    ]
     sides = {
-        "stock": [*stock, "--block-size", str(BLOCK_SIZE), *common],
+        "stock": [*stock_server(), *common],
         "ours": [*command("serve", "demo", "--profile", arguments.profile), *common],
     }
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}

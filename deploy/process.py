@@ -45,20 +45,24 @@ def command(*argv: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(argv: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Iterator[ServerProcess]:
-    """Start a server on a free port of this machine, wait for ``/health``, and stop it at the end of the block.
+def running(
+    argv: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, port: int = 0
+) -> Iterator[ServerProcess]:
+    """Start a server on this machine, wait for ``/health``, and stop it at the end of the block.
 
     Args:
         argv: the command; ``--host`` and ``--port`` are added.
         log: where its output goes.
         environment: variables added to ours.
+        port: where it listens; 0: a free one.
 
     Raises:
         RuntimeError: if it stops or is not healthy in time; the message holds the end of its log.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    if not port:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [*argv, "--host", "127.0.0.1", "--port", str(port)],

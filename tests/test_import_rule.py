@@ -15,7 +15,7 @@ PACKAGE = ROOT / "vllm_spectral"
 SERVER = ROOT / "server" / "vllm_spectral_server"
 
 ORDER = (
-    "errors", "versions", "config", "progress", "codec", "kernels", "rivals", "models", "profile", "exact", "stats",
+    "errors", "versions", "config", "progress", "remote", "codec", "kernels", "rivals", "models", "profile", "exact", "stats",
     "backend", "plugin", "calibration", "evaluation", "cli",
 )  # fmt: skip
 """A part imports itself and what stands before it, as in docs/architecture.md; the server comes after all."""

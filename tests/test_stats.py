@@ -13,6 +13,7 @@ from vllm_spectral.profile.schema import LayerProfile
 from vllm_spectral.stats.fidelity import compare_logits
 from vllm_spectral.stats.memory import EngineMemory, LayerMemory, MemoryReport, WorkerMemory
 from vllm_spectral.stats.moments import SINK_TOKENS, LayerMoments
+from vllm_spectral.stats.resident import process_bytes, tensor_bytes
 
 
 def test_moments_do_not_depend_on_how_tokens_arrive() -> None:
@@ -105,3 +106,13 @@ def test_engines_add_up(report: MemoryReport) -> None:
     assert twice.capacity_tokens == 2 * report.capacity_tokens
     assert twice.bytes_per_token == report.bytes_per_token
     assert twice.compression_ratio == report.compression_ratio
+
+
+def test_memory_is_resident_once_it_is_written() -> None:
+    size = 64 << 20
+    tensor = torch.empty(size, dtype=torch.uint8)
+    before = process_bytes()
+    assert (tensor_bytes(tensor) or 0) < size // 8
+    tensor[: size // 2] = 1
+    assert size // 2 <= (tensor_bytes(tensor) or 0) < size * 0.6
+    assert 0.9 < (process_bytes() - before) / (size // 2) < 1.2

@@ -18,7 +18,8 @@ from vllm_spectral.errors import ConfigError
 from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.schema import Profile
 from vllm_spectral_server.app import build_app
-from vllm_spectral_server.monitor import Limits, Monitor
+from vllm_spectral_server.canary import Limits
+from vllm_spectral_server.monitor import Monitor
 from vllm_spectral_server.scheduler_view import SchedulerView
 
 
@@ -66,6 +67,8 @@ def serve(
         )
     if args.api_server_count not in (None, 1):
         raise ConfigError("--api-server-count is not supported: the memory report needs the one server process")
+    if args.pipeline_parallel_size != 1:
+        raise ConfigError("--pipeline-parallel-size is not supported: use --tensor-parallel-size")
     if args.disable_log_stats:
         raise ConfigError("--disable-log-stats would hide from us what is in use: leave it out")
     if args.scheduler_cls is not None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,10 +14,12 @@ from prometheus_client import REGISTRY, Counter, Gauge
 from prometheus_client import Metric as PrometheusMetric
 from prometheus_client.registry import Collector
 
+from vllm_spectral.stats.memory import MemoryReport
 from vllm_spectral_server.monitor import LayerState, Monitor
 
 PREFIX = "vllm_spectral:"
 Values = Iterable[tuple[tuple[str, ...], float | None]]
+Read = Callable[[Monitor, MemoryReport], Values]
 
 
 @dataclass(frozen=True)
@@ -34,36 +37,36 @@ class Metric:
     name: str
     kind: Literal["gauge", "counter"]
     help: str
-    read: Callable[[Monitor], Values]
+    read: Read
     labels: tuple[str, ...] = ()
 
 
-def _memory(name: str) -> Callable[[Monitor], Values]:
-    return lambda monitor: [((), getattr(monitor.memory, name))]
+def _memory(name: str) -> Read:
+    return lambda _, memory: [((), getattr(memory, name))]
 
 
-def _layer(read: Callable[[LayerState], float | None]) -> Callable[[Monitor], Values]:
-    return lambda monitor: [((str(state.layer),), read(state)) for state in monitor.layers]
+def _layer(read: Callable[[LayerState], float | None]) -> Read:
+    return lambda monitor, _: [((str(state.layer),), read(state)) for state in monitor.layers]
 
 
-def _figure(name: str) -> Callable[[Monitor], Values]:
+def _figure(name: str) -> Read:
     return _layer(lambda state: state.figures.get(name))
 
 
-def _exact(name: str) -> Callable[[Monitor], Values]:
-    return lambda monitor: [((), monitor.exact_counters.get(name))]
+def _exact(name: str) -> Read:
+    return lambda monitor, _: [((), monitor.exact_counters.get(name))]
 
 
-def _one(read: Callable[[Monitor], float | None]) -> Callable[[Monitor], Values]:
-    return lambda monitor: [((), read(monitor))]
+def _one(read: Callable[[Monitor], float | None]) -> Read:
+    return lambda monitor, _: [((), read(monitor))]
 
 
-def _info(monitor: Monitor) -> Values:
+def _info(monitor: Monitor, memory: MemoryReport) -> Values:
     profile = monitor.profile
-    return [((profile.name, profile.digest, monitor.memory.kernels), 1.0)] if profile else []
+    return [((profile.name, profile.digest, memory.kernels), 1.0)] if profile else []
 
 
-def _alarms(monitor: Monitor) -> Values:
+def _alarms(monitor: Monitor, _: MemoryReport) -> Values:
     kinds = [alarm.kind for alarm in monitor.alarms]
     return [((kind,), kinds.count(kind)) for kind in ("canary", "error", "drift")]
 
@@ -113,6 +116,10 @@ METRICS = (
         "layer_error_ratio", "gauge", "Squared error of keys and values over what the profile predicts, recent mean.",
         _layer(lambda state: state.error_ratio), _L,
     ),
+    Metric(
+        "layer_kernel_error_ratio", "gauge", "Kernels' attention against the reference's over the same pages, recent mean.",
+        _layer(lambda state: state.kernel_error), _L,
+    ),
     Metric("layer_fallback_ratio", "gauge", "Share of vectors coded flat, recent mean.", _figure("fallback_share"), _L),
     Metric("layer_clipped_ratio", "gauge", "Share of clipped codes, recent mean.", _figure("clipped_share"), _L),
     Metric(
@@ -149,6 +156,7 @@ class Exporter(Collector):
     def __init__(self, monitor: Monitor, model_name: str) -> None:
         self._monitor, self._model_name = monitor, model_name
         self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._lock = threading.Lock()
         # Registered before the instruments, hence asked before them.
         REGISTRY.register(self)
         for metric in METRICS:
@@ -165,18 +173,23 @@ class Exporter(Collector):
         return []
 
     def update(self) -> None:
-        """Bring all metrics up to date."""
-        for metric in METRICS:
-            for labels, value in metric.read(self._monitor):
-                if value is None:
-                    continue
-                series = self._instruments[metric.name].labels(self._model_name, *labels)
-                if metric.kind == "gauge":
-                    series.set(value)
-                else:
-                    key = (metric.name, labels)
-                    series.inc(max(value - self._counted.get(key, 0.0), 0.0))
-                    self._counted[key] = value
+        """Bring all metrics up to date, to one moment's figures. Scrapes come in threads of their own."""
+        memory = self._monitor.memory
+        with self._lock:
+            for metric in METRICS:
+                self._set(metric, memory)
+
+    def _set(self, metric: Metric, memory: MemoryReport) -> None:
+        for labels, value in metric.read(self._monitor, memory):
+            if value is None:
+                continue
+            series = self._instruments[metric.name].labels(self._model_name, *labels)
+            if metric.kind == "gauge":
+                series.set(value)
+            else:
+                key = (metric.name, labels)
+                series.inc(max(value - self._counted.get(key, 0.0), 0.0))
+                self._counted[key] = value
 
 
 def _instrument(metric: Metric) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from vllm.logger import init_logger
 from vllm_spectral.profile.schema import Profile
 from vllm_spectral.stats.memory import EngineMemory, MemoryReport, WorkerMemory
 from vllm_spectral.stats.moments import LayerMoments
-from vllm_spectral_server.canary import Canary, LayerCheck
+from vllm_spectral_server.canary import Canary, LayerCheck, Limits, worst
 from vllm_spectral_server.scheduler_view import SchedulerView
 from vllm_spectral_server.schemas import Alarm
 
@@ -27,26 +28,11 @@ HISTORY = 3000
 """Probes shown: with 30 layers and a canary a minute, an hour and a half without traffic."""
 LEAST_PROBES = 3
 """Probes of a layer before its mean can raise an alarm."""
+STALE_RUNS, STALE_SECONDS = 5, 120.0
+"""A canary that was not answered for so many of its periods, or so long, is no reason to be ready any more."""
 LEAST_TOKENS = 2048
 """Tokens in a layer's live moments before its drift can."""
 _FIGURES = ("output_error", "attention_kl", "fallback_share", "clipped_share")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Past these a figure raises an alarm.
-
-    Attributes:
-        error_ratio: squared error of a layer's keys or values over what the profile predicts. Sound profiles stayed below
-            1.25 on text unlike their calibration's.
-        drift: share of the energy that left the profile's leading channels. Sound profiles stayed below .04; transposed or
-            foreign bases began at .085, most at .2 (``docs/metrics.md``).
-        kl: of the canary's predictions, nats per token.
-    """
-
-    error_ratio: float = 1.5
-    drift: float = 0.08
-    kl: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -58,6 +44,7 @@ class LayerState:
     time: float | None
     figures: dict[str, float]
     error_ratio: float | None
+    kernel_error: float | None
     key_drift: float | None
     value_drift: float | None
     moment_tokens: int
@@ -65,25 +52,23 @@ class LayerState:
     @property
     def drift(self) -> float | None:
         """The larger of the two."""
-        return max((d for d in (self.key_drift, self.value_drift) if d is not None), default=None)
+        return worst((self.key_drift, self.value_drift))
 
     @classmethod
-    def joined(cls, ranks: Sequence[dict[str, Any]]) -> LayerState:
-        """From every rank's report of the layer."""
+    def joined(cls, engines: Sequence[Sequence[dict[str, Any]]]) -> LayerState:
+        """From the reports of the layer by every rank of every engine."""
+        ranks = [rank for engine in engines for rank in engine]
         seen = [rank for rank in ranks if rank["samples"]]
-
-        def worst(values: Iterable[float | None]) -> float | None:
-            return max((value for value in values if value is not None), default=None)
-
         return cls(
             layer=ranks[0]["layer"],
-            samples=max(rank["samples"] for rank in ranks),
-            time=worst([rank["time"] for rank in ranks]),
+            samples=sum(engine[0]["samples"] for engine in engines),
+            time=worst(rank["time"] for rank in ranks),
             figures={name: sum(r["means"][name] for r in seen) / len(seen) for name in _FIGURES} if seen else {},
-            error_ratio=worst([rank["means"]["error_ratio"] for rank in seen]),
-            key_drift=worst([rank["key_drift"] for rank in ranks]),
-            value_drift=worst([rank["value_drift"] for rank in ranks]),
-            moment_tokens=min(rank["moment_tokens"] for rank in ranks),
+            error_ratio=worst(rank["means"]["error_ratio"] for rank in seen),
+            kernel_error=worst(rank["means"]["kernel_error"] for rank in seen),
+            key_drift=worst(rank["key_drift"] for rank in ranks),
+            value_drift=worst(rank["value_drift"] for rank in ranks),
+            moment_tokens=max(min(rank["moment_tokens"] for rank in engine) for engine in engines),
         )
 
 
@@ -114,12 +99,13 @@ class Monitor:
         canary_seconds: float,
     ) -> None:
         self.engine, self.view, self.model, self.profile, self.limits = engine, view, model, profile, limits
-        self.canary = Canary(engine, self.ask, canary_seconds, limits.kl, limits.error_ratio, limits.drift)
+        self.canary = Canary(engine, len(view.engines), self.ask, canary_seconds, limits)
         self.layers: list[LayerState] = []
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self.alarms: list[Alarm] = []
         self.on_refresh: Callable[[], None] = lambda: None
         self.every = self.sampled_steps = 0
+        self.failures: list[str] = []
         self.sampling_seconds = 0.0
         self.exact_counters: dict[str, int] = {}
         self._workers: list[list[WorkerMemory]] = []
@@ -128,16 +114,23 @@ class Monitor:
 
     async def ask(self, method: str, *args: Any) -> list[list[Any]]:
         """Call a method of the workers: answers of every rank of every engine."""
-        answers: list[list[Any]] = await self.engine.engine_core.call_utility_all_async(
-            "collective_rpc", method, None, args, None
+        call = asyncio.ensure_future(
+            self.engine.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
         )
+        while not call.done():
+            # An engine that dies never answers, and vLLM does not tell the call.
+            await asyncio.wait({call}, timeout=1.0)
+            if self.engine.errored and not call.done():
+                call.cancel()
+                raise RuntimeError("the engine has failed")
+        answers: list[list[Any]] = call.result()
         return answers
 
     @property
     def memory(self) -> MemoryReport:
         """What is resident, as the workers last said, and what of it is in use, as the schedulers last said."""
         engines = [
-            EngineMemory(tuple(workers), view.used_blocks, view.cached_blocks)
+            EngineMemory(tuple(workers), *view.blocks)
             for workers, view in zip(self._workers, self.view.engines.values(), strict=True)
         ]
         return MemoryReport(self.engine.vllm_config.cache_config.block_size, tuple(engines))
@@ -155,7 +148,12 @@ class Monitor:
             return False, "the engine has failed"
         if self.canary.state in ("failed", "pending"):
             return False, f"canary: {self.canary.message}"
-        return True, "the engine runs" + (f"; canary: {self.canary.message}" if self.canary.state == "passed" else "")
+        if self.canary.state == "off":
+            return True, f"the engine runs; canary: {self.canary.message}"
+        silence = time.time() - (self.canary.time or 0.0)
+        if silence > max(STALE_RUNS * self.canary.every_seconds, STALE_SECONDS):
+            return False, f"canary: not answered for {silence:.0f} s"
+        return True, f"the engine runs; canary: {self.canary.message}"
 
     async def start(self) -> None:
         """What must be known before the first request."""
@@ -163,6 +161,8 @@ class Monitor:
             self.canary.state, self.canary.message = "off", "the stock cache is served"
         elif not self.canary.every_seconds:
             self.canary.state, self.canary.message = "off", "switched off"
+        elif not any(any(ranks) for ranks in await self.ask("spectral_fidelity")):
+            self.canary.state, self.canary.message = "off", "every layer is exempt from compression"
         else:
             await self.canary.record()
             if self.canary.state == "pending":
@@ -179,20 +179,31 @@ class Monitor:
             self.on_refresh()
 
     async def _refresh_fidelity(self) -> None:
-        reports = [report for ranks in await self.ask("spectral_fidelity") for report in ranks]
-        first = reports[0]
-        self.every, self.sampled_steps = first["every"], first["sampled_steps"]
+        engines: list[list[dict[str, Any]]] = await self.ask("spectral_fidelity")
+        if not all(all(ranks) for ranks in engines):
+            return  # every layer is exempt
+        reports = [report for ranks in engines for report in ranks]
+        self.every = reports[0]["every"]
+        self.failures = sorted({report["failure"] for report in reports if report["failure"]})
+        # The ranks of an engine sample the same steps.
+        self.sampled_steps = sum(ranks[0]["sampled_steps"] for ranks in engines)
         self.sampling_seconds = sum(report["seconds"] for report in reports)
-        self.layers = [LayerState.joined(layer) for layer in zip(*(r["layers"] for r in reports), strict=True)]
+        self.layers = [
+            LayerState.joined([[rank["layers"][index] for rank in ranks] for ranks in engines])
+            for index in range(len(reports[0]["layers"]))
+        ]
         for entry in sorted((e for report in reports for e in report["history"]), key=lambda e: e["time"]):
             self.history.append(entry)
             if entry["canary"]:
-                before = self._canary_layers.get(entry["layer"], LayerCheck(0.0, 0.0))
-                # The worst of all ranks.
+                before = self._canary_layers.get(entry["layer"])
                 self._canary_layers[entry["layer"]] = LayerCheck(
-                    max(entry["error_ratio"], before.error_ratio), max(entry["drift"], before.drift)
+                    **{
+                        name: worst((entry[name], getattr(before, name, None))) or 0.0
+                        for name in ("error_ratio", "drift", "kernel_error")
+                    }
                 )
-        totals = [counters for ranks in await self.ask("spectral_exact_counters") for counters in ranks]
+        # The ranks of an engine have equal directories.
+        totals = [ranks[0] for ranks in await self.ask("spectral_exact_counters")]
         self.exact_counters = {name: sum(c[name] for c in totals) for name in totals[0]} if all(totals) else {}
         self._judge()
 
@@ -203,7 +214,7 @@ class Monitor:
         return found
 
     def _judge(self) -> None:
-        found = [*self._canary_alarms(), *self._error_alarms(), *self._drift_alarms()]
+        found = [*self._canary_alarms(), *self._live_alarms()]
         unique = {(alarm.kind, alarm.layer): alarm for alarm in reversed(found)}
         before = {(alarm.kind, alarm.layer) for alarm in self.alarms}
         for key in unique.keys() - before:
@@ -213,43 +224,52 @@ class Monitor:
     def _canary_alarms(self) -> Iterator[Alarm]:
         if self.canary.state != "failed":
             return
-        bad = {layer: check for layer, check in self.canary.layers.items() if not self.canary.passes(check)}
-        worst = max(bad, key=lambda layer: bad[layer].error_ratio, default=None)
+        bad = {layer: check for layer, check in self.canary.layers.items() if not self.limits.passes(check)}
+        first = max(bad, key=lambda layer: bad[layer].error_ratio, default=None)
         value, limit = self.canary.verdict.kl if self.canary.verdict else 0.0, self.limits.kl
-        if value <= limit and worst is not None:
-            value, limit = bad[worst].error_ratio, self.limits.error_ratio
-        yield Alarm(kind="canary", layer=worst, value=value, limit=limit, message=self.canary.message)
+        if value <= limit and first is not None:
+            value, limit = bad[first].error_ratio, self.limits.error_ratio
+        yield Alarm(kind="canary", layer=first, value=value, limit=limit, message=self.canary.message)
         for layer, check in sorted(bad.items()):
-            if not check.error_ratio <= self.limits.error_ratio:
-                yield self._error_alarm(layer, check.error_ratio, "the canary's tokens")
-            if not check.drift <= self.limits.drift:
-                yield self._drift_alarm(layer, check.drift, "the canary's tokens, which are like the built-in prompts")
+            yield from self._layer_alarms(
+                layer, check.error_ratio, check.drift, check.kernel_error, "the canary's tokens"
+            )
 
-    def _error_alarms(self) -> Iterator[Alarm]:
+    def _live_alarms(self) -> Iterator[Alarm]:
         for state in self.layers:
-            ratio = state.error_ratio
-            if state.samples >= LEAST_PROBES and ratio is not None and not ratio <= self.limits.error_ratio:
-                yield self._error_alarm(state.layer, ratio, "live traffic")
+            enough = state.samples >= LEAST_PROBES
+            yield from self._layer_alarms(
+                state.layer,
+                state.error_ratio if enough else None,
+                state.drift if state.moment_tokens >= LEAST_TOKENS else None,
+                state.kernel_error if enough else None,
+                "live traffic",
+            )
+        for failure in self.failures:
+            yield Alarm(kind="error", layer=None, value=1.0, limit=0.0, message=failure)
 
-    def _drift_alarms(self) -> Iterator[Alarm]:
-        for state in self.layers:
-            if state.moment_tokens >= LEAST_TOKENS and state.drift is not None and not state.drift <= self.limits.drift:
-                hint = "live traffic; vllm-spectral calibrate --from-traffic makes a profile for it"
-                yield self._drift_alarm(state.layer, state.drift, hint)
-
-    def _drift_alarm(self, layer: int, value: float, where: str) -> Alarm:
-        return Alarm(
-            kind="drift", layer=layer, value=value, limit=self.limits.drift,
-            message=f"layer {layer}: {value:.0%} of the energy lies outside the channels that the profile was made for, in "
-            f"{where}",
-        )  # fmt: skip
-
-    def _error_alarm(self, layer: int, ratio: float, where: str) -> Alarm:
-        return Alarm(
-            kind="error", layer=layer, value=ratio, limit=self.limits.error_ratio,
-            message=f"layer {layer}: keys or values of {where} are stored with {ratio:.1f} times the error that the profile "
-            "predicts",
-        )  # fmt: skip
+    def _layer_alarms(
+        self, layer: int, ratio: float | None, drift: float | None, kernel: float | None, where: str
+    ) -> Iterator[Alarm]:
+        limits = self.limits
+        # Not a number compares as false both ways, and must not pass.
+        if ratio is not None and not ratio <= limits.error_ratio:
+            yield Alarm(
+                kind="error", layer=layer, value=ratio, limit=limits.error_ratio,
+                message=f"layer {layer}: keys or values of {where} are stored with {ratio:.1f} times the error that the "
+                "profile predicts",
+            )  # fmt: skip
+        if kernel is not None and not kernel <= limits.kernel_error:
+            yield Alarm(
+                kind="error", layer=layer, value=kernel, limit=limits.kernel_error,
+                message=f"layer {layer}: the kernels' attention to {where} is {kernel:.1%} off the reference's",
+            )  # fmt: skip
+        if drift is not None and not drift <= limits.drift:
+            yield Alarm(
+                kind="drift", layer=layer, value=drift, limit=limits.drift,
+                message=f"layer {layer}: {drift:.0%} of the energy of {where} lies outside the channels that the profile was "
+                "made for; if it is the traffic, vllm-spectral calibrate --from-traffic makes a profile for it",
+            )  # fmt: skip
 
     async def live_moments(self) -> dict[str, torch.Tensor]:
         """Moments gathered from traffic: engines added up, ranks' heads joined; by ``layer.name``."""
@@ -257,7 +277,7 @@ class Monitor:
         for ranks in await self.ask("spectral_live_moments"):
             # Where ranks outnumber heads, neighbours hold the same one.
             copies = max(len(ranks) // self.profile.fingerprint.num_kv_heads, 1) if self.profile else 1
-            files = [load(data) for data in ranks[::copies]]
+            files = [await asyncio.to_thread(load, data) for data in ranks[::copies]]
             for layer in sorted({int(name.split(".")[0]) for name in files[0]}):
                 prefix = f"{layer}."
                 parts = [
@@ -297,7 +317,9 @@ class Monitor:
             await asyncio.sleep(self.canary.every_seconds)
             before = self.canary.state
             try:
-                await self.canary.run(self._look)
+                await asyncio.wait_for(
+                    self.canary.run(self._look), max(STALE_RUNS * self.canary.every_seconds, STALE_SECONDS)
+                )
             except Exception:
                 logger.exception("the canary could not be run")
                 continue

@@ -22,14 +22,13 @@ class EngineView:
     is really held.
 
     Attributes:
-        used_blocks: held by requests; vLLM keeps one more, the null block, for itself.
-        cached_blocks: held by none, still serving prefix hits.
+        blocks: held by requests (vLLM keeps one more, the null block, for itself), and held by none but still serving prefix
+            hits. One pair, replaced as a whole: whoever reads it in another thread reads one moment's.
         running, waiting: requests.
         prompt_tokens, generated_tokens, preemptions: since the start.
     """
 
-    used_blocks: int = 0
-    cached_blocks: int = 0
+    blocks: tuple[int, int] = (0, 0)
     running: int = 0
     waiting: int = 0
     prompt_tokens: int = 0
@@ -72,7 +71,7 @@ class SchedulerView:
         if scheduler is not None:
             counts = scheduler.num_kv_fetch_reqs_by_stage
             # Ours ride in a table that vLLM's own loggers read after us.
-            view.used_blocks, view.cached_blocks = counts.pop(USED_KEY, 0), counts.pop(CACHED_KEY, 0)
+            view.blocks = counts.pop(USED_KEY, 0), counts.pop(CACHED_KEY, 0)
             view.running = scheduler.num_running_reqs
             view.waiting = scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs
         if iteration is not None:

@@ -34,6 +34,9 @@ class RankMemory(BaseModel):
     tensor_parallel_rank: int
     pool_bytes: int = Field(description="the sum of its layers' page tensors")
     allocated_bytes: int = Field(description="what vLLM says it allocated for pages on this rank; equals pool_bytes")
+    resident_page_bytes: int = Field(
+        description="the part of pool_bytes that the kernel holds in memory: pages that were ever written"
+    )
     exact_tier_bytes: int
     workspace_bytes: int
     profile_bytes: int
@@ -88,6 +91,9 @@ class LayerFidelity(BaseModel):
     attention_kl: float | None = Field(description="KL of the attention weights, nats")
     error_ratio: float | None = Field(
         description="squared error of keys and values over what the profile predicts for text like its calibration's"
+    )
+    kernel_error: float | None = Field(
+        description="the kernels' attention against the reference's over the same pages, relative"
     )
     fallback_share: float | None = Field(description="vectors that were coded flat")
     clipped_share: float | None = Field(description="codes whose channel lies past the end of its codebook")

@@ -1,8 +1,9 @@
 """What a request held in the cache, in its response's ``usage``, for clients that ask.
 
-A client asks with ``"vllm_xargs": {"kv_cache_usage": 1}``; ``usage`` then has one more object, ``kv_cache``, in the response
-or in the stream's last chunk (with ``stream_options.include_usage``). Clients that do not ask see vLLM's bytes untouched.
-Where OpenTelemetry's span of the HTTP request is recorded, it gets the same figures.
+A client asks with ``"vllm_xargs": {"kv_cache_usage": 1}``, for one prompt and one answer; ``usage`` then has one more object,
+``kv_cache``, in the response or in the stream's last chunk (with ``stream_options.include_usage``). Clients that do not ask
+see vLLM's bytes untouched. Where an OpenTelemetry instrumentation of the application records a span of the HTTP request, the
+span gets the same figures.
 """
 
 from __future__ import annotations
@@ -37,26 +38,41 @@ class CacheUsage:
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
             await self._app(scope, receive, send)
             return
-        messages, body = await _read(receive)
-        asked = _asks(body)
-        span = trace.get_current_span()
-        if not asked and not span.is_recording():
-            await self._app(scope, _replay(messages, receive), send)
-            return
-        editor = _Editor(scope["app"].state.spectral.held, send, asked, span)
-        await self._app(scope, _replay(messages, receive), editor)
+        parts: list[bytes] = []
+
+        async def read() -> Message:
+            # Nothing is read that the application does not read: it may refuse a request unread.
+            message = await receive()
+            if message["type"] == "http.request":
+                parts.append(message.get("body", b""))
+            return message
+
+        def wanted() -> bool:
+            body = b"".join(parts)
+            parts.clear()
+            return _asks(body)
+
+        held: Held = scope["app"].state.spectral.held
+        await self._app(scope, read, _Editor(held, send, wanted, trace.get_current_span()))
 
 
 class _Editor:
     """Passes a response on, with what is added to its usage."""
 
-    def __init__(self, held: Held, send: Send, asked: bool, span: trace.Span) -> None:
-        self._held, self._send, self._asked, self._span = held, send, asked, span
+    def __init__(self, held: Held, send: Send, wanted: Callable[[], bool], span: trace.Span) -> None:
+        self._held, self._send, self._wanted, self._span = held, send, wanted, span
+        self._asked = self._active = self._stream = False
         self._start: Message | None = None
-        self._stream = False
         self._rest = b""
 
     async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            # The application has read the request by now, or will not.
+            self._asked = self._wanted()
+            self._active = self._asked or self._span.is_recording()
+        if not self._active:
+            await self._send(message)
+            return
         if message["type"] == "http.response.start":
             kinds = [value for name, value in message["headers"] if name.lower() == b"content-type"]
             self._stream = b"".join(kinds).startswith(b"text/event-stream")
@@ -94,9 +110,8 @@ class _Editor:
         try:
             answer = json.loads(body)
             usage = answer.get("usage")
-            choices = max(len(answer.get("choices") or []), 1)
             # The last token of an answer was never read back: it has no keys and values.
-            tokens = usage["prompt_tokens"] + (usage["completion_tokens"] or 0) - choices
+            tokens = usage["prompt_tokens"] + (usage["completion_tokens"] or 0) - 1
         except (ValueError, AttributeError, TypeError, KeyError):
             return body  # an error, or a chunk without usage
         held = self._held(max(tokens, 0))
@@ -107,31 +122,15 @@ class _Editor:
         return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-async def _read(receive: Receive) -> tuple[list[Message], bytes]:
-    messages: list[Message] = []
-    body = b""
-    while True:
-        message = await receive()
-        messages.append(message)
-        body += message.get("body", b"")
-        if message["type"] != "http.request" or not message.get("more_body", False):
-            return messages, body
-
-
-def _replay(messages: list[Message], receive: Receive) -> Receive:
-    left = iter(messages)
-
-    async def again() -> Message:
-        return next(left, None) or await receive()
-
-    return again
-
-
 def _asks(body: bytes) -> bool:
+    """Whether a request asks, and for one sequence: several share pages, and no one figure is each one's."""
     if ASKED_BY.encode() not in body:
         return False
     try:
-        extra: Any = json.loads(body).get("vllm_xargs")
+        request: Any = json.loads(body)
+        extra = request.get("vllm_xargs")
     except (ValueError, AttributeError):
         return False  # vLLM will say what is wrong with it
-    return isinstance(extra, dict) and bool(extra.get(ASKED_BY))
+    prompt = request.get("prompt")
+    several = isinstance(prompt, list) and len(prompt) > 1 and not all(isinstance(part, int) for part in prompt)
+    return isinstance(extra, dict) and bool(extra.get(ASKED_BY)) and request.get("n") in (None, 1) and not several

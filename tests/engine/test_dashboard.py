@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from deploy.process import command as cli
-from tests.engine.conftest import Server
+from tests.engine.conftest import Server, serving
 from tests.engine.test_live_truth import body, metrics
 from tests.server.browser import Browser, browser, needs_browser
 
@@ -73,6 +73,25 @@ def test_the_page_follows_a_server_under_load(server: Server) -> None:
             window.size(1280, 900)
             window.prefer(prefers_color_scheme="dark")
             window.picture(Path(PICTURES) / "dark.png")
+
+
+@needs_browser
+def test_the_page_survives_a_restart_of_the_server(calibrated: Path, work: Path) -> None:
+    def connection() -> str:
+        return str(window.run("return document.body.dataset.connection"))
+
+    with browser() as window:
+        with serving(calibrated, work / "first.log") as server:
+            unlock(window, server)
+            port = int(server.url.rsplit(":", 1)[1])
+            digest = body(server, "memory")["profile"]["digest"]
+        window.until(lambda: connection() == "lost", 30)
+        with serving(calibrated, work / "second.log", "--exact-memory-bytes", "0", port=port) as server:
+            window.until(lambda: connection() == "live", 30)
+            memory = body(server, "memory")
+            window.until(lambda: window.number("#resident-bytes") == memory["resident_bytes"], 10)
+            assert memory["exact_tier_bytes"] == 0, "another configuration, so that old figures would show"
+            assert digest[:12] in window.text("#identity")
 
 
 def test_top_api_and_metrics_agree_at_rest(server: Server) -> None:

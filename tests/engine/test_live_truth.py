@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from vllm_spectral_server.metrics import METRICS
 
 from deploy.process import command as cli
 from tests.engine.conftest import Server, serving
@@ -100,6 +102,14 @@ def test_pages_outlive_their_request_as_prefix_cache(server: Server, loaded: lis
     assert report["cached_bytes"] > 0.1 * report["pool_bytes"]
 
 
+def test_the_kernel_agrees_that_the_pool_is_in_memory(server: Server, loaded: list[dict[str, Any]]) -> None:
+    """VLLM fills its pages at the start, so that all of them are resident: the report is no promise."""
+    del loaded
+    (rank,) = body(server, "memory")["ranks"]
+    assert 0.97 * rank["pool_bytes"] <= rank["resident_page_bytes"] <= rank["pool_bytes"]
+    assert rank["resident_page_bytes"] + rank["exact_tier_bytes"] < rank["process_bytes"]
+
+
 def test_metrics_and_api_agree(server: Server, loaded: list[dict[str, Any]]) -> None:
     del loaded
 
@@ -117,6 +127,33 @@ def test_metrics_and_api_agree(server: Server, loaded: list[dict[str, Any]]) -> 
         return all(value is None or seen[name] == pytest.approx(value) for name, value in figures.items())
 
     wait_for(both, 30)
+
+
+def test_every_metric_of_the_documentation_is_exported(server: Server, loaded: list[dict[str, Any]]) -> None:
+    del loaded
+    families = text_string_to_metric_families(server.get("/metrics")[1])
+    exported = {f.name.removeprefix("vllm_spectral:"): f.type for f in families if f.name.startswith("vllm_spectral:")}
+    exported = {name: kind for name, kind in exported.items() if not name.endswith("_created")}
+    assert exported == {metric.name.removesuffix("_total"): metric.kind for metric in METRICS}
+
+
+def test_pages_in_use_are_vllms_own_figure(server: Server, client: openai.OpenAI) -> None:
+    """At rest, and while a request holds some."""
+
+    def agree() -> bool:
+        usage = re.search(r"^vllm:kv_cache_usage_perc\{.*\} (\S+)$", server.get("/metrics")[1], re.MULTILINE)
+        assert usage
+        memory = body(server, "memory")
+        used = memory["used_bytes"] / (memory["pool_bytes"] - memory["pool_bytes"] / memory["num_blocks"])
+        return float(usage[1]) == pytest.approx(used, abs=1e-9)
+
+    wait_for(agree, 20)
+    stream = client.completions.create(
+        model="demo", prompt=PROMPT * 30, max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    wait_for(lambda: body(server, "memory")["used_bytes"] > 0 and agree(), 20)
+    stream.close()
 
 
 def test_every_layer_is_sampled_and_sound(server: Server, loaded: list[dict[str, Any]]) -> None:

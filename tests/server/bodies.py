@@ -77,6 +77,7 @@ def memory(
         ranks=[
             RankMemory(
                 data_parallel_rank=0, tensor_parallel_rank=rank, pool_bytes=pool // ranks, allocated_bytes=pool // ranks,
+                resident_page_bytes=pool // ranks // 2,
                 exact_tier_bytes=exact // ranks, workspace_bytes=workspace // ranks, profile_bytes=static // ranks,
                 process_bytes=1_234_567_890 + rank, layers=layers,
             )
@@ -131,6 +132,7 @@ def fidelity(steps: int = 60, *, alarms: bool = True, stock: bool = False, sampl
             LayerFidelity(
                 layer=layer, samples=sampled, time=START + 10 * (sampled - 1) if sampled else None, output_error=error,
                 attention_kl=kl, error_ratio=ratio, fallback_share=0.021 if sampled else None,
+                kernel_error=0.003 if sampled else None,
                 clipped_share=0.004 if sampled else None, key_drift=0.013 + layer / 1000 if sampled else None,
                 value_drift=0.008 if sampled else None, drift=0.013 + layer / 1000 if sampled else None,
                 moment_tokens=64 * sampled,

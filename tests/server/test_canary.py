@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm_spectral_server.canary import TOP_TOKENS, compare
+from vllm_spectral_server.canary import TOP_TOKENS, Canary, LayerCheck, Limits, compare, worst
 
 
 def top(logits: torch.Tensor, count: int = TOP_TOKENS) -> dict[int, float]:
@@ -44,3 +48,97 @@ def test_other_tokens_altogether_are_far_apart() -> None:
 def test_not_a_number_is_no_agreement() -> None:
     verdict = compare([{1: -0.1, 2: -3.0}], [{1: math.nan, 2: math.nan}])
     assert not verdict.kl <= 0.25
+
+
+def test_the_worst_is_not_hidden_by_what_is_no_number() -> None:
+    assert worst([1.0, None, 3.0]) == 3.0
+    assert worst([]) is None and worst([None]) is None
+    assert math.isnan(worst([1.0, math.nan, 3.0]) or 0)
+
+
+class Engine:
+    """Answers every prompt with the same predictions, and remembers what the workers were asked."""
+
+    def __init__(self, exactly: list[list[int]] | None = None) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.answered: Callable[[], None] = lambda: None
+        self._exactly = exactly or [[30]]
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(max_model_len=2048, max_logprobs=20, logprobs_mode="raw_logprobs"),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
+        )
+
+    def get_tokenizer(self) -> Any:
+        return SimpleNamespace(encode=lambda text: list(range(200)))
+
+    async def ask(self, method: str, *args: Any) -> Any:
+        self.asked.append((method, *args))
+        return self._exactly if method == "spectral_answer_exactly" else [[None]]
+
+    async def generate(self, prompt: Any, *_args: Any, **_options: Any) -> Any:
+        self.answered()
+        position = {1: SimpleNamespace(logprob=-0.1), 2: SimpleNamespace(logprob=-3.0)}
+        logprobs = [None, *[position] * (len(prompt["prompt_token_ids"]) - 1)]
+        yield SimpleNamespace(finished=True, prompt_logprobs=logprobs)
+
+
+SOUND, DAMAGED = LayerCheck(1.0, 0.01, 0.002), LayerCheck(3.0, 0.3, 0.002)
+
+
+def sing(engine: Engine, *finds: dict[int, LayerCheck]) -> Canary:
+    """A canary recorded once and run once for each finding."""
+    canary = Canary(engine, 1, engine.ask, 60.0, Limits())
+
+    async def work() -> None:
+        await canary.record()
+        for found in finds:
+            answers = iter([{}, found])
+
+            async def look(answers: Any = answers) -> dict[int, LayerCheck]:
+                return next(answers)  # type: ignore[no-any-return]
+
+            await canary.run(look)
+
+    asyncio.run(work())
+    return canary
+
+
+def test_sound_layers_pass_and_damaged_ones_do_not() -> None:
+    assert sing(Engine(), {0: SOUND, 1: SOUND}).state == "passed"
+    failed = sing(Engine(), {0: SOUND, 1: DAMAGED})
+    assert failed.state == "failed" and failed.message.startswith("layer 1:")
+    assert sing(Engine(), {0: LayerCheck(math.nan, 0.0, 0.0)}).state == "failed"
+    assert sing(Engine(), {0: LayerCheck(1.0, 0.0, 0.5)}).state == "failed", "kernels that do not do what they should"
+
+
+def test_a_run_that_could_not_look_does_not_heal() -> None:
+    """Under load the prompt is cut into steps, and the layers are not seen; the damage is still there."""
+    assert sing(Engine(), {1: DAMAGED}, {}).state == "failed"
+    assert sing(Engine(), {1: DAMAGED}, {1: SOUND}).state == "passed"
+
+
+def test_a_reference_that_is_not_exact_is_never_compared_with() -> None:
+    canary = sing(Engine(exactly=[[0]]), {0: SOUND})
+    assert (canary.state, canary.runs) == ("failed", 0)
+    assert "could not be recorded" in canary.message
+
+
+def test_the_workers_stop_waiting_for_the_canary() -> None:
+    engine = Engine()
+    sing(engine, {0: SOUND})
+    assert [args for method, *args in engine.asked if method == "spectral_expect_canary"] == [[200], [0]]
+    engine = Engine()
+
+    def fall_ill() -> None:
+        raise RuntimeError
+
+    canary = Canary(engine, 1, engine.ask, 60.0, Limits())
+
+    async def work() -> None:
+        await canary.record()
+        engine.answered = fall_ill
+        await canary.run(lambda: engine.ask("look"))
+
+    with pytest.raises(RuntimeError):
+        asyncio.run(work())
+    assert engine.asked[-1] == ("spectral_expect_canary", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 from collections import deque
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
 from vllm_spectral.backend.exact_tier import LayerCopies
@@ -23,6 +25,8 @@ from vllm_spectral.kernels.layer import NativeLayer, Requests
 from vllm_spectral.stats.drift import drift
 from vllm_spectral.stats.moments import LayerMoments
 from vllm_spectral.stats.probe import MOST_TOKENS, Probe, probe
+
+logger = init_logger("vllm.spectral")
 
 LEAST_TOKENS = 8
 """A probe of fewer tokens says nothing: without an exact tier a decode step has no more than its own."""
@@ -65,6 +69,7 @@ class Observer:
         seconds: that sampling took.
         exact: whether whole prompts are answered as by an exact cache.
         exact_requests: how many (request, layer) pairs were.
+        failure: why sampling was switched off, or None.
     """
 
     def __init__(self, every: int) -> None:
@@ -74,6 +79,7 @@ class Observer:
         self.seconds = 0.0
         self.exact = False
         self.exact_requests = 0
+        self.failure: str | None = None
         self._history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self._random = random.Random(0)
         self._turn = 0
@@ -84,8 +90,12 @@ class Observer:
         # Not every n-th: steps may have a rhythm of their own.
         return self._random.randint(self.every - self.every // 2, self.every + self.every // 2) if self.every else 0
 
+    def fail(self, reason: str) -> None:
+        """Stop sampling; the reason is in the next report."""
+        self.every, self.failure = 0, reason
+
     def expect(self, num_tokens: int) -> None:
-        """Probe all layers in the next step that prefills a whole prompt of this length: the canary's."""
+        """Probe all layers in the next step that prefills a whole prompt of this length, the canary's; 0: no more."""
         self._canary_tokens = num_tokens
 
     def step(self, query_lens: Tensor, context_lens: Tensor, plan: StepPlan | None) -> Watch | None:
@@ -125,6 +135,7 @@ class Observer:
         self._history.clear()
         return {
             "every": self.every,
+            "failure": self.failure,
             "sampled_steps": self.sampled_steps,
             "seconds": self.seconds,
             "layers": [layer.report() for layer in self.layers],
@@ -176,6 +187,24 @@ class LayerObserver:
     ) -> None:
         """Sample a step that was stored and attended to already; arguments as the implementation's ``forward``."""
         start = time.perf_counter()
+        try:
+            self._see(watch, query, key, value, kv_cache, metadata, plan)
+        except Exception as error:
+            # Whoever watches must not break what is watched.
+            logger.exception("sampling failed in layer %d and is switched off", self.layer)
+            self.observer.fail(f"sampling failed in layer {self.layer}: {error}")
+        self.observer.seconds += time.perf_counter() - start
+
+    def _see(
+        self,
+        watch: Watch,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        metadata: CPUAttentionMetadata,
+        plan: StepPlan | None,
+    ) -> None:
         if not watch.canary:
             self._gather(query, key, value, metadata)
         if watch.layer in (None, self.layer):
@@ -184,7 +213,6 @@ class LayerObserver:
                 self.observer.record(self.layer, watch.canary, result)
                 if not watch.canary:
                     self._count(result)
-        self.observer.seconds += time.perf_counter() - start
 
     def _gather(self, query: Tensor, key: Tensor, value: Tensor, metadata: CPUAttentionMetadata) -> None:
         if self.moments.num_tokens > RECENT_TOKENS:
@@ -238,6 +266,12 @@ class LayerObserver:
         self._samples += 1
         self._time = time.time()
         weight = 1 / min(self._samples, RECENT_PROBES)
+        if not all(map(math.isfinite, result.to_wire().values())):
+            # The mean would never be a number again; the probe itself is in the history, and the next ones will say.
+            self._means = result.to_wire()
+            return
+        if not all(map(math.isfinite, self._means.values())):
+            self._means = {}
         for name, value in result.to_wire().items():
             self._means[name] = self._means.get(name, 0.0) * (1 - weight) + value * weight
 
@@ -259,6 +293,9 @@ class LayerObserver:
         if self._drift is None and self.moments.num_tokens:
             found = drift(self._codec, self.moments)
             self._drift = (found.keys, found.values)
+            if not all(map(math.isfinite, self._drift)):
+                # Told once; the sums would never be numbers again.
+                self.moments = LayerMoments(*self.moments.value_sum.shape)
         key_drift, value_drift = self._drift or (None, None)
         return {
             "layer": self.layer,

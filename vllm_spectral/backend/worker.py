@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +20,12 @@ from vllm_spectral.kernels.library import REFERENCE
 from vllm_spectral.stats.fidelity import compare_logits
 from vllm_spectral.stats.memory import LayerMemory, WorkerMemory
 from vllm_spectral.stats.moments import LayerMoments
+from vllm_spectral.stats.resident import process_bytes, tensor_bytes
 
 EXTENSION = f"{__name__}.WorkerExtension"
 """For vLLM's ``worker_extension_cls``."""
 _LOGIT_ROWS = 128
-
-
-def _resident_bytes() -> int:
-    """Resident memory of this process (``proc(5)``: the second field of ``statm``, in pages)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+_RESIDENT_SECONDS = 60.0
 
 
 class WorkerExtension:
@@ -38,6 +34,8 @@ class WorkerExtension:
     model_runner: Any
     _spectral_hidden: Tensor | None
     _spectral_file: str | None
+    _spectral_resident: int
+    _spectral_resident_until: float
 
     def _spectral_layers(self) -> Iterator[tuple[str, Any]]:
         context = self.model_runner.vllm_config.compilation_config.static_forward_context
@@ -76,10 +74,19 @@ class WorkerExtension:
             allocated_bytes=sum(tensor.size for tensor in config.kv_cache_tensors),
             shared_bytes=first.codec.codebooks.resident_bytes if first and first.codec else 0,
             exact_used_bytes=exact_used,
-            process_bytes=_resident_bytes(),
+            resident_page_bytes=self._spectral_resident_pages(),
+            process_bytes=process_bytes(),
             kernels=(first.native.isa if first.native else REFERENCE) if first else "",
             rank=get_tensor_model_parallel_rank(),
         ).to_wire()
+
+    def _spectral_resident_pages(self) -> int:
+        """Asked of the kernel once a minute: it goes through all pages."""
+        now = time.monotonic()
+        if now >= getattr(self, "_spectral_resident_until", 0.0):
+            self._spectral_resident = sum(tensor_bytes(layer.kv_cache) or 0 for _, layer in self._spectral_layers())
+            self._spectral_resident_until = now + _RESIDENT_SECONDS
+        return self._spectral_resident
 
     def _spectral_observer(self) -> Observer | None:
         for impl in self._spectral_compressed():
@@ -105,7 +112,8 @@ class WorkerExtension:
     def spectral_answer_exactly(self, enabled: bool) -> int:
         """Answer whole prompts as an exact cache would, or stop; how many (request, layer) pairs were, since the start."""
         observer = self._spectral_observer()
-        assert observer is not None
+        if observer is None:
+            return 0
         observer.exact = enabled
         return observer.exact_requests
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import urllib.error
 import urllib.request
 
@@ -10,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from vllm_spectral.errors import ConfigError
-from vllm_spectral.models.description import ModelDescription
+from vllm_spectral.models.description import ModelDescription, ModelFingerprint
+from vllm_spectral.remote import NoRedirects
 from vllm_spectral.stats.moments import LayerMoments
 
 LEAST_TOKENS = 2048
@@ -30,18 +32,25 @@ def traffic_moments(url: str, key: str | None, model: ModelDescription) -> list[
         ConfigError: if there is no such server, it refuses, serves another model, or has seen too little.
     """
     by_layer: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in _fetch(url.rstrip("/") + "/v1/kv_cache/moments", key).items():
+    address = url.rstrip("/") + "/v1/kv_cache/moments"
+    data = _fetch(address, key)
+    try:
+        tensors = load(data)
+        # Eight bytes of length, then the header with the server's remarks.
+        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        served = ModelFingerprint(**json.loads(about["fingerprint"]))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{address} did not answer with moments: {error}") from None
+    if different := model.fingerprint().differences(served):
+        raise ConfigError(f"{url} serves another model than the one named here: {'; '.join(different)}")
+    for name, tensor in tensors.items():
         layer, field = name.split(".")
         by_layer.setdefault(int(layer), {})[field] = tensor
     if sorted(by_layer) != list(range(model.num_layers)):
         raise ConfigError(
-            f"{url} measures {len(by_layer)} layers, the model has {model.num_layers}: it serves another model, or exempts "
-            "layers"
+            f"{url} measures {len(by_layer)} layers, the model has {model.num_layers}: it exempts the others"
         )
     layers = [LayerMoments.from_tensors(by_layer[index]) for index in range(model.num_layers)]
-    wanted = (model.num_kv_heads, model.head_dim)
-    if any(tuple(layer.value_sum.shape) != wanted for layer in layers):
-        raise ConfigError(f"{url} serves a model of another shape than the one named here")
     tokens = min(layer.num_tokens for layer in layers)
     if tokens < LEAST_TOKENS:
         raise ConfigError(
@@ -51,19 +60,18 @@ def traffic_moments(url: str, key: str | None, model: ModelDescription) -> list[
     return layers
 
 
-def _fetch(address: str, key: str | None) -> dict[str, torch.Tensor]:
+def _fetch(address: str, key: str | None) -> bytes:
     if not address.startswith(("http://", "https://")):
         raise ConfigError(
             f"--from-traffic needs the address of a server, such as http://localhost:8000, not {address!r}"
         )
     request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(request, timeout=_SECONDS) as response:
-            return load(response.read())
+        with urllib.request.build_opener(NoRedirects).open(request, timeout=_SECONDS) as response:
+            data: bytes = response.read()
+            return data
     except urllib.error.HTTPError as error:
         reasons = {401: "it needs --api-key", 404: "it is no vllm-spectral server, or serves the stock cache"}
         raise ConfigError(f"{address} answered {error.code}: {reasons.get(error.code, error.reason)}") from None
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise ConfigError(f"cannot reach {address}: {getattr(error, 'reason', error)}") from None
-    except SafetensorError as error:
-        raise ConfigError(f"{address} did not answer with moments: {error}") from None

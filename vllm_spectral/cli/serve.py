@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
     exempt = exempt_layers(args, model)
     _warn_of_key_biases(model, exempt)
     config = SpectralConfig(path, profile.digest, exempt, fidelity_every=args.fidelity_every, **exact_fields(args))
+    from vllm_spectral_server.canary import Limits
     from vllm_spectral_server.launch import Watch, serve
-    from vllm_spectral_server.monitor import Limits
 
     watch = Watch(Limits(args.error_limit, args.drift_limit, args.canary_kl), args.canary_seconds)
     serve(model, args.model, profile, config, watch, args.rest)

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from vllm_spectral.cli.common import print_json
 from vllm_spectral.errors import ConfigError
+from vllm_spectral.remote import NoRedirects
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -134,13 +135,6 @@ class UnreachableError(ConfigError):
         self.cause = cause
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """The key is for the server that was named, and for no other."""
-
-    def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
-        return None
-
-
 def _address(url: str) -> str:
     """The server's address without a final slash; the scheme may be left out, and an OpenAI client's ``/v1`` may stay."""
     full = url if "://" in url else f"http://{url}"
@@ -162,7 +156,7 @@ class Server:
             raise ConfigError("the API key holds characters that no key can have: only printable ASCII")
         self.url = url
         self.key = key
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._opener = urllib.request.build_opener(NoRedirects)
 
     def bodies(self) -> dict[str, Any]:
         """What a frame shows, by the last part of the path.

@@ -95,6 +95,7 @@ class WorkerMemory:
         allocated_bytes: what vLLM says it allocated for pages; what the layers' page tensors add up to.
         shared_bytes: tables that all layers use.
         exact_used_bytes: the part of the exact tier's pool that is assigned to tokens.
+        resident_page_bytes: the part of the pages that the kernel holds in memory: those that were ever written.
         process_bytes: resident memory of the whole process, weights included.
         kernels: what attends to compressed pages: an instruction set, or ``reference``; empty if nothing does.
         rank: the tensor-parallel rank.
@@ -105,6 +106,7 @@ class WorkerMemory:
     allocated_bytes: int
     shared_bytes: int = 0
     exact_used_bytes: int = 0
+    resident_page_bytes: int = 0
     process_bytes: int = 0
     kernels: str = ""
     rank: int = 0

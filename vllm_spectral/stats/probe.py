@@ -7,6 +7,7 @@ vectors and compared with what the pages give.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ class Probe:
             last step.
         drift: energy that the profile has in its leading channels and these vectors have elsewhere; the larger one of keys
             and values.
+        kernel_error: norm of the difference of the kernels' output and the reference's over the same slots, over the norm of
+            the latter; 0 without kernels.
     """
 
     num_tokens: int
@@ -48,6 +51,7 @@ class Probe:
     fallback_share: float
     clipped_share: float
     drift: float
+    kernel_error: float
 
     def to_wire(self) -> dict[str, Any]:
         """A plain dictionary."""
@@ -95,11 +99,9 @@ def probe(
     rotated = rotate(grouped.transpose(0, 1), codec.keys.basis).transpose(0, 1)
     stored = (rotated @ restored_keys.permute(1, 2, 0)).log_softmax(-1)
     truth = exact.exp() @ values.transpose(0, 1)
-    if served is None:
-        accumulated = stored.exp() @ restored_values.transpose(0, 1)
-        output = unrotate(accumulated.transpose(0, 1), codec.values.basis).transpose(0, 1)
-    else:
-        output = served.float().view_as(truth)
+    accumulated = stored.exp() @ restored_values.transpose(0, 1)
+    expected = unrotate(accumulated.transpose(0, 1), codec.values.basis).transpose(0, 1)
+    output = expected if served is None else served.float().view_as(truth)
     error = (output - truth).square().sum((1, 2)) / truth.square().sum((1, 2)).clamp_min(1e-30)
     kl = torch.nn.functional.kl_div(stored, exact, reduction="none", log_target=True).sum(-1)
     parts = [
@@ -110,11 +112,17 @@ def probe(
         num_tokens=len(positions),
         output_error=float(error.mean().sqrt()),
         attention_kl=float(kl.mean()),
-        error_ratio=max(part.error_ratio for part in parts),
+        error_ratio=_larger(part.error_ratio for part in parts),
         fallback_share=sum(part.fallback_share for part in parts) / len(parts),
         clipped_share=sum(part.clipped_share for part in parts) / len(parts),
-        drift=max(part.drift for part in parts),
+        drift=_larger(part.drift for part in parts),
+        kernel_error=float((output - expected).norm() / expected.norm().clamp_min(1e-30)),
     )
+
+
+def _larger(values: Iterable[float]) -> float:
+    """The larger value; not a number if one of them is not, which ``max`` would hide."""
+    return float(torch.tensor(list(values)).max())
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import json
 import time
 from typing import Annotated
 
@@ -12,6 +14,7 @@ from safetensors.torch import save
 from vllm_spectral.profile.report import summarize
 from vllm_spectral.profile.schema import Profile
 from vllm_spectral.stats.memory import LayerMemory
+from vllm_spectral_server.canary import worst
 from vllm_spectral_server.monitor import LayerState, Monitor
 from vllm_spectral_server.schemas import (
     CacheFidelity,
@@ -62,6 +65,7 @@ async def memory(monitor: Watching) -> CacheMemory:
                 tensor_parallel_rank=worker.rank,
                 pool_bytes=worker.pool_bytes,
                 allocated_bytes=worker.allocated_bytes,
+                resident_page_bytes=worker.resident_page_bytes,
                 exact_tier_bytes=worker.exact_tier_bytes,
                 workspace_bytes=worker.workspace_bytes,
                 profile_bytes=worker.profile_bytes,
@@ -115,6 +119,7 @@ def _fidelity(state: LayerState) -> LayerFidelity:
         output_error=state.figures.get("output_error"),
         attention_kl=state.figures.get("attention_kl"),
         error_ratio=state.error_ratio,
+        kernel_error=state.kernel_error,
         fallback_share=state.figures.get("fallback_share"),
         clipped_share=state.figures.get("clipped_share"),
         key_drift=state.key_drift,
@@ -133,13 +138,13 @@ def canary_state(monitor: Monitor) -> CanaryState:
         runs=canary.runs,
         failures=canary.failures,
         kl=canary.verdict.kl if canary.verdict else None,
-        kl_limit=canary.kl_limit,
+        kl_limit=canary.limits.kl,
         top1_agreement=canary.verdict.top1 if canary.verdict else None,
-        worst_layer=canary.worst_layer,
-        worst_error_ratio=max((check.error_ratio for check in canary.layers.values()), default=None),
-        worst_drift=max((check.drift for check in canary.layers.values()), default=None),
-        error_ratio_limit=canary.error_ratio_limit,
-        drift_limit=canary.drift_limit,
+        worst_layer=max(canary.layers, key=lambda layer: canary.layers[layer].error_ratio, default=None),
+        worst_error_ratio=worst(check.error_ratio for check in canary.layers.values()),
+        worst_drift=worst(check.drift for check in canary.layers.values()),
+        error_ratio_limit=canary.limits.error_ratio,
+        drift_limit=canary.limits.drift,
         message=canary.message,
     )
 
@@ -181,9 +186,9 @@ async def moments(served: Served, monitor: Watching) -> Response:
 
     Sums over tokens, no text and no single vector.
     """
-    return Response(
-        save(await monitor.live_moments(), {"profile": served.digest}), media_type="application/octet-stream"
-    )
+    about = {"profile": served.digest, "fingerprint": json.dumps(dataclasses.asdict(served.fingerprint))}
+    data = await asyncio.to_thread(save, await monitor.live_moments(), about)
+    return Response(data, media_type="application/octet-stream")
 
 
 @router.get("/traffic")

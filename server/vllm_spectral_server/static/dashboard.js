@@ -607,7 +607,7 @@ function drawSpectrum(layer) {
   const width = $("spectrum").clientWidth;
   if (!width) return;
   const channels = layer.key_spectrum.length;
-  const left = 48;
+  const left = 56;
   const [energyTop, energyBottom, bitsTop, bitsBottom, height] = [18, 178, 214, 294, 318];
   const energies = [...layer.key_spectrum, ...layer.value_spectrum].filter((value) => value > 0);
   const low = Math.floor(Math.log10(Math.min(...energies, 0.1)));

@@ -1,0 +1,73 @@
+"""Which steps are sampled, and that watching cannot break what is watched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import DIM
+from vllm_spectral.backend.observer import LayerObserver, Observer, Watch
+from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
+from vllm_spectral.profile.schema import LayerProfile
+
+
+def lens(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.fixture
+def observer(layer: LayerProfile) -> Observer:
+    codec = layer.codec(64, Codebooks(normal_codebooks()))
+    watching = Observer(10)
+    for number in range(3):
+        LayerObserver(watching, number, codec, None, None, DIM**-0.5)
+    return watching
+
+
+def test_about_one_step_in_ten_is_sampled_and_layers_take_turns(observer: Observer) -> None:
+    found = [watch for _ in range(3000) if (watch := observer.step(lens(20), lens(20), None))]
+    assert 240 < len(found) < 360
+    assert len({tuple(w.layer for w in found[i : i + 3]) for i in range(0, 30, 3)}) == 1
+    assert observer.sampled_steps == len(found)
+
+
+def test_ranks_choose_alike(layer: LayerProfile) -> None:
+    codec = layer.codec(64, Codebooks(normal_codebooks()))
+    chosen = []
+    for _ in range(2):
+        watching = Observer(7)
+        for number in range(3):
+            LayerObserver(watching, number, codec, None, None, DIM**-0.5)
+        chosen.append([watching.step(lens(20, 9, 12), lens(20, 9, 40), None) for _ in range(200)])
+    assert chosen[0] == chosen[1]
+
+
+def test_a_step_with_too_few_exact_tokens_leaves_it_to_the_next(observer: Observer) -> None:
+    assert not any(observer.step(lens(1, 1), lens(500, 600), None) for _ in range(100))
+    assert observer.step(lens(1, 30), lens(500, 30), None) == Watch(1, 1, False)
+
+
+def test_zero_means_none(observer: Observer) -> None:
+    observer.every = 0
+    assert not any(observer.step(lens(20), lens(20), None) for _ in range(1000))
+
+
+def test_the_canary_is_a_whole_prompt_of_its_length_while_it_is_expected(observer: Observer) -> None:
+    observer.every = 0
+    observer.expect(200)
+    assert observer.step(lens(200), lens(300), None) is None, "the second part of a longer one"
+    assert observer.step(lens(5, 200), lens(5, 200), None) == Watch(1, None, True)
+    assert observer.step(lens(200), lens(200), None) is None, "once"
+    observer.expect(200)
+    observer.expect(0)
+    assert observer.step(lens(200), lens(200), None) is None, "somebody else's prompt"
+
+
+def test_a_failing_probe_is_switched_off_and_told(observer: Observer) -> None:
+    seen = observer.layers[0]
+    nonsense: Any = torch.zeros(1)
+    seen.see(Watch(0, None, False), nonsense, nonsense, nonsense, nonsense, nonsense, None)
+    assert observer.every == 0
+    assert observer.report()["failure"].startswith("sampling failed in layer 0")

@@ -34,8 +34,10 @@ Answer: From 14:05 to 16:05 are two hours, and from 16:05 to 16:50 are 45 minute
 minutes. The lighthouse keeper wrote in his journal every evening, even when nothing had happened. On the ninth of March he \
 noted the wind (north-east, rising), the state of the lamp, and the names of two ships: Aurora and Saint Brendan.
 """
-MOST_TOKENS = 256
+MOST_TOKENS = 160
 TOP_TOKENS = 20
+SHARE = 0.005
+PAUSE_SECONDS = 60.0
 FIRST_JUDGED = 32
 """Positions before this one read hardly anything from pages."""
 
@@ -117,7 +119,8 @@ class Canary:
         engine: vLLM's engine.
         num_engines: data-parallel ranks behind it.
         ask: calls a method of the workers on every rank of every engine.
-        every_seconds: pause between two runs; 0: never.
+        every_seconds: pause between two runs; 0: never; None: a minute, or longer where the canary would take more than
+            :data:`SHARE` of the time.
         limits: what passes. The layers' figures see what the predictions hide: a layer of a large model may be noise and the
             answer still look right.
         layers: what was last found in each layer. A run whose prompt was cut into several steps finds nothing, and what was
@@ -127,7 +130,7 @@ class Canary:
     engine: Any
     num_engines: int
     ask: Any
-    every_seconds: float
+    every_seconds: float | None
     limits: Limits
     state: Literal["off", "pending", "passed", "failed"] = "pending"
     message: str = "not run yet"
@@ -136,9 +139,15 @@ class Canary:
     failures: int = 0
     verdict: Verdict | None = None
     layers: dict[int, LayerCheck] = field(default_factory=dict)
+    _cost: float = 0.0
     _tokens: list[int] = field(default_factory=list)
     _exact: list[Predictions] = field(default_factory=list)
     _number: Any = field(default_factory=itertools.count)
+
+    @property
+    def pause(self) -> float:
+        """Seconds between two runs."""
+        return max(PAUSE_SECONDS, self._cost / SHARE) if self.every_seconds is None else self.every_seconds
 
     async def record(self) -> None:
         """Answer the prompt exactly, once per engine; before the server lets requests in."""
@@ -176,11 +185,14 @@ class Canary:
             return
         await look()
         await self.ask("spectral_expect_canary", len(self._tokens))
+        start = time.monotonic()
         try:
             verdicts = [compare(self._exact[index], await self._answer(index)) for index in range(self.num_engines)]
         finally:
             # Or another prompt of this length would be taken for it.
             await self.ask("spectral_expect_canary", 0)
+        # Of the first run, before there is traffic: later ones wait for others.
+        self._cost = self._cost or time.monotonic() - start
         self.layers = await look() or self.layers
         kl = worst(verdict.kl for verdict in verdicts)
         assert kl is not None

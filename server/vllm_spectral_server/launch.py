@@ -29,11 +29,12 @@ class Watch:
 
     Attributes:
         limits: past which figures raise alarms.
-        canary_seconds: pause between two canaries; 0: none, and ``/ready`` says only that the engine runs.
+        canary_seconds: pause between two canaries; 0: none, and ``/ready`` says only that the engine runs; None: a minute, or
+            longer on a slow machine.
     """
 
     limits: Limits = field(default_factory=Limits)
-    canary_seconds: float = 60.0
+    canary_seconds: float | None = None
 
 
 def serve(

@@ -81,7 +81,7 @@ class Monitor:
         model: what the user called the model.
         profile: the active profile, or None for the stock cache: then memory is all there is to watch.
         limits: when to raise an alarm.
-        canary_seconds: pause between two canaries; 0: none.
+        canary_seconds: pause between two canaries; 0: none; None: see :class:`Canary`.
 
     Attributes:
         memory, layers, history, alarms, canary: what is known now.
@@ -96,7 +96,7 @@ class Monitor:
         model: str,
         profile: Profile | None,
         limits: Limits,
-        canary_seconds: float,
+        canary_seconds: float | None,
     ) -> None:
         self.engine, self.view, self.model, self.profile, self.limits = engine, view, model, profile, limits
         self.canary = Canary(engine, len(view.engines), self.ask, canary_seconds, limits)
@@ -151,7 +151,7 @@ class Monitor:
         if self.canary.state == "off":
             return True, f"the engine runs; canary: {self.canary.message}"
         silence = time.time() - (self.canary.time or 0.0)
-        if silence > max(STALE_RUNS * self.canary.every_seconds, STALE_SECONDS):
+        if silence > max(STALE_RUNS * self.canary.pause, STALE_SECONDS):
             return False, f"canary: not answered for {silence:.0f} s"
         return True, f"the engine runs; canary: {self.canary.message}"
 
@@ -159,7 +159,7 @@ class Monitor:
         """What must be known before the first request."""
         if self.profile is None:
             self.canary.state, self.canary.message = "off", "the stock cache is served"
-        elif not self.canary.every_seconds:
+        elif self.canary.every_seconds == 0:
             self.canary.state, self.canary.message = "off", "switched off"
         elif not any(any(ranks) for ranks in await self.ask("spectral_fidelity")):
             self.canary.state, self.canary.message = "off", "every layer is exempt from compression"
@@ -314,12 +314,10 @@ class Monitor:
         if self.canary.state == "off":
             return
         while not self.engine.errored:
-            await asyncio.sleep(self.canary.every_seconds)
+            await asyncio.sleep(self.canary.pause)
             before = self.canary.state
             try:
-                await asyncio.wait_for(
-                    self.canary.run(self._look), max(STALE_RUNS * self.canary.every_seconds, STALE_SECONDS)
-                )
+                await asyncio.wait_for(self.canary.run(self._look), max(STALE_RUNS * self.canary.pause, STALE_SECONDS))
             except Exception:
                 logger.exception("the canary could not be run")
                 continue

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm_spectral_server.canary import TOP_TOKENS, Canary, LayerCheck, Limits, compare, worst
+from vllm_spectral_server.canary import MOST_TOKENS, TOP_TOKENS, Canary, LayerCheck, Limits, compare, worst
 
 
 def top(logits: torch.Tensor, count: int = TOP_TOKENS) -> dict[int, float]:
@@ -126,7 +126,7 @@ def test_a_reference_that_is_not_exact_is_never_compared_with() -> None:
 def test_the_workers_stop_waiting_for_the_canary() -> None:
     engine = Engine()
     sing(engine, {0: SOUND})
-    assert [args for method, *args in engine.asked if method == "spectral_expect_canary"] == [[200], [0]]
+    assert [args for method, *args in engine.asked if method == "spectral_expect_canary"] == [[MOST_TOKENS], [0]]
     engine = Engine()
 
     def fall_ill() -> None:

@@ -17,7 +17,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 USED_KEY, CACHED_KEY = "spectral:used_blocks", "spectral:cached_blocks"
 """Where the counts travel: in ``SchedulerStats.num_kv_fetch_reqs_by_stage``, the one field of the statistics that is a
 free table of numbers; who reads the statistics takes them out again."""
-_PAUSE = 200
+_PAUSE = 1000
 """Counting walks over all blocks, some 50 ns each; after a count there is a pause of so many times its duration."""
 
 

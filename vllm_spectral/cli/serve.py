@@ -58,9 +58,9 @@ def add_parser(commands: Any) -> None:
         help="sample one step in so many, about (%(default)s); 0: none",
     )  # fmt: skip
     watch.add_argument(
-        "--canary-seconds", metavar="SECONDS", type=number, default=60.0,
-        help="pause between two runs of a fixed prompt whose exact answer is known (%(default)g); 0: none, and /ready says "
-        "no more than that the engine runs",
+        "--canary-seconds", metavar="SECONDS", type=number, default=None,
+        help="pause between two runs of a fixed prompt whose exact answer is known (60, or longer where that would take more "
+        "than half a percent of the time); 0: none, and /ready says no more than that the engine runs",
     )  # fmt: skip
     watch.add_argument(
         "--canary-kl", metavar="NATS", type=number, default=0.25,

@@ -72,8 +72,8 @@ class Limits:
     Attributes:
         error_ratio: squared error of a layer's keys or values over what the profile predicts. Sound profiles stayed below
             1.25 on text unlike their calibration's.
-        drift: share of the energy that left the profile's leading channels. Sound profiles stayed below .04; transposed or
-            foreign bases began at .085, most at .2 (``docs/metrics.md``).
+        drift: share of the energy that left the profile's leading channels. Sound profiles stayed below .045; transposed or
+            foreign bases began at .083, most at .2 (``docs/metrics.md``).
         kl: of the canary's predictions, nats per token.
         kernel_error: the kernels' attention against the reference's over the same pages. bf16 products leave a few
             thousandths.

@@ -86,7 +86,7 @@ class Monitor:
     Attributes:
         memory, layers, history, alarms, canary: what is known now.
         on_refresh: told when the workers have answered.
-        every, sampled_steps, sampling_seconds: of the sampling; steps of the first rank, seconds of all.
+        every, sampled_steps, sampling_seconds: of the sampling; steps of every engine, seconds of every rank.
     """
 
     def __init__(

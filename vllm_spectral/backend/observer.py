@@ -188,31 +188,22 @@ class LayerObserver:
         """Sample a step that was stored and attended to already; arguments as the implementation's ``forward``."""
         start = time.perf_counter()
         try:
-            self._see(watch, query, key, value, kv_cache, metadata, plan)
+            if not watch.canary:
+                self._gather(query, key, value, metadata)
+            if watch.layer in (None, self.layer):
+                self._keep(watch, self._probe(watch.request, query, key, value, kv_cache, metadata, plan))
         except Exception as error:
             # Whoever watches must not break what is watched.
             logger.exception("sampling failed in layer %d and is switched off", self.layer)
             self.observer.fail(f"sampling failed in layer {self.layer}: {error}")
         self.observer.seconds += time.perf_counter() - start
 
-    def _see(
-        self,
-        watch: Watch,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        metadata: CPUAttentionMetadata,
-        plan: StepPlan | None,
-    ) -> None:
+    def _keep(self, watch: Watch, result: Probe | None) -> None:
+        if result is None:
+            return
+        self.observer.record(self.layer, watch.canary, result)
         if not watch.canary:
-            self._gather(query, key, value, metadata)
-        if watch.layer in (None, self.layer):
-            result = self._probe(watch.request, query, key, value, kv_cache, metadata, plan)
-            if result is not None:
-                self.observer.record(self.layer, watch.canary, result)
-                if not watch.canary:
-                    self._count(result)
+            self._count(result)
 
     def _gather(self, query: Tensor, key: Tensor, value: Tensor, metadata: CPUAttentionMetadata) -> None:
         if self.moments.num_tokens > RECENT_TOKENS:

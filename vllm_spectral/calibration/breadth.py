@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_spectral.codec.codebook import normal_distortion
+from vllm_spectral.codec.rotation import channel_energy
 from vllm_spectral.profile.schema import LayerProfile
 from vllm_spectral.stats.moments import LayerMoments
 
@@ -45,7 +46,6 @@ def _relative_error(layer: LayerProfile, moments: LayerMoments) -> Tensor:
     )
     errors = []
     for basis, bits, second_moment in parts:
-        # The second moment's diagonal in the basis: the energy that each channel really has.
-        energy = ((second_moment @ basis.double()) * basis).sum(-2)
+        energy = channel_energy(second_moment, basis)
         errors.append((energy * distortion[bits.long()]).sum(-1) / energy.sum(-1))
     return torch.stack(errors).clamp_min(1e-12)

@@ -42,6 +42,19 @@ def unrotate(vectors: Tensor, basis: Tensor) -> Tensor:
     return _per_head_product(vectors, basis.transpose(-1, -2))
 
 
+def channel_energy(second_moment: Tensor, basis: Tensor) -> Tensor:
+    """The energy that each rotated channel has: the diagonal of the second moment in the basis.
+
+    Args:
+        second_moment: ``[num_heads, head_dim, head_dim]`` float64, of vectors that are not rotated; a sum or a mean.
+        basis: ``[num_heads, head_dim, head_dim]``, basis vectors as columns.
+
+    Returns:
+        ``[num_heads, head_dim]`` float64.
+    """
+    return ((second_moment @ basis.double()) * basis).sum(-2)
+
+
 def _per_head_product(vectors: Tensor, matrices: Tensor) -> Tensor:
     return torch.einsum("...hd,hde->...he", vectors.double(), matrices.double()).float()
 

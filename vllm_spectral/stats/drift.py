@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_spectral.codec.quantizer import LayerCodec, VectorCoding
+from vllm_spectral.codec.rotation import channel_energy
 from vllm_spectral.stats.moments import LayerMoments
 
 LEADING_ENERGY = 0.9
@@ -32,9 +33,7 @@ def drift(codec: LayerCodec, moments: LayerMoments) -> Drift:
 
 
 def _of_moment(coding: VectorCoding, second_moment: Tensor) -> float:
-    basis = coding.basis.double()
-    # The second moment's diagonal in the basis: the energy that each channel really has.
-    return shortfall(coding, ((second_moment @ basis) * basis).sum(-2))
+    return shortfall(coding, channel_energy(second_moment, coding.basis))
 
 
 def shortfall(coding: VectorCoding, energy: Tensor) -> float:

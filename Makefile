@@ -19,7 +19,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with everything, pinned
 
-$(DEPENDENCIES): requirements/cpu.lock
+$(DEPENDENCIES): requirements/cpu.lock requirements/runtime.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed for the pinned set-up: make setup PYTHON=python3.11")'
 	@command -v g++ >/dev/null || { echo "a C++ compiler is needed to build the kernels: install g++ (GCC 11 or newer)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)

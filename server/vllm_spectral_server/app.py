@@ -9,8 +9,9 @@ from fastapi import FastAPI
 from vllm_spectral import __version__
 from vllm_spectral_server.metrics import Exporter
 from vllm_spectral_server.monitor import Monitor
+from vllm_spectral_server.overload import MIDDLEWARE as OVERLOAD
 from vllm_spectral_server.routes import dashboard, kv_cache, ready
-from vllm_spectral_server.usage import MIDDLEWARE
+from vllm_spectral_server.usage import MIDDLEWARE as USAGE
 
 
 async def build_app(args: Namespace, monitor: Monitor) -> FastAPI:
@@ -26,7 +27,7 @@ async def build_app(args: Namespace, monitor: Monitor) -> FastAPI:
     engine = monitor.engine
     tasks = await engine.get_supported_tasks()
     # vLLM's application is complete when it is handed over: middleware has to be named before.
-    args.middleware = [*args.middleware, MIDDLEWARE]
+    args.middleware = [*args.middleware, USAGE, OVERLOAD]
     app: FastAPI = build_vllm_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
     app.title = "vllm-spectral"

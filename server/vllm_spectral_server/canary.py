@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vllm_spectral.backend.scheduler import CANARY_PREFIX
+
 Predictions = Sequence[Mapping[int, float]]
 """Per position, log-probabilities of the most likely next tokens, by token id."""
 
@@ -121,6 +123,7 @@ class Canary:
         ask: calls a method of the workers on every rank of every engine.
         every_seconds: pause between two runs; 0: never; None: a minute, or longer where the canary would take more than
             :data:`SHARE` of the time.
+        answered: when it last was, on the clock that never jumps.
         limits: what passes. The layers' figures see what the predictions hide: a layer of a large model may be noise and the
             answer still look right.
         layers: what was last found in each layer. A run whose prompt was cut into several steps finds nothing, and what was
@@ -135,6 +138,7 @@ class Canary:
     state: Literal["off", "pending", "passed", "failed"] = "pending"
     message: str = "not run yet"
     time: float | None = None
+    answered: float = 0.0
     runs: int = 0
     failures: int = 0
     verdict: Verdict | None = None
@@ -198,6 +202,7 @@ class Canary:
         assert kl is not None
         self.verdict = verdict = Verdict(kl, min(verdict.top1 for verdict in verdicts))
         self.time, self.runs = time.time(), self.runs + 1
+        self.answered = time.monotonic()
         reasons = list(self._reasons(verdict))
         self.state = "failed" if reasons else "passed"
         self.failures += bool(reasons)
@@ -230,7 +235,7 @@ class Canary:
             prompt_logprobs=TOP_TOKENS if top < 0 else min(TOP_TOKENS, top),
         )  # fmt: skip
         outputs = self.engine.generate(
-            TokensPrompt(prompt_token_ids=self._tokens), params, f"canary-{next(self._number)}",
+            TokensPrompt(prompt_token_ids=self._tokens), params, f"{CANARY_PREFIX}{next(self._number)}",
             data_parallel_rank=engine_index if self.num_engines > 1 else None,
         )  # fmt: skip
         (final,) = [output async for output in outputs if output.finished]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_spectral.backend.engine import BLOCK_SIZE, cpu_dtype
-from vllm_spectral.backend.scheduler import count_cached_pages
+from vllm_spectral.backend.scheduler import use_spectral_scheduler
 from vllm_spectral.backend.worker import EXTENSION
 from vllm_spectral.config import CONFIG_KEY, SpectralConfig, parse_config
 from vllm_spectral.errors import ConfigError
@@ -21,6 +21,11 @@ from vllm_spectral_server.app import build_app
 from vllm_spectral_server.canary import Limits
 from vllm_spectral_server.monitor import Monitor
 from vllm_spectral_server.scheduler_view import SchedulerView
+
+MOST_REQUESTS = 1024
+"""Unfinished requests from which on new ones are answered 503; vLLM's own default is any number."""
+DRAIN_SECONDS = 30
+"""What requests in flight are given when the server is told to stop; vLLM's own default is nothing."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,11 @@ def default_flags(flags: Sequence[str], name: str) -> list[str]:
     """Flags that are ours unless the user gave them; see the help of ``vllm-spectral serve``."""
     from vllm.platforms import current_platform
 
-    wanted = {"--served-model-name": [name]}
+    wanted = {
+        "--served-model-name": [name],
+        "--max-num-queued-reqs": [str(MOST_REQUESTS)],
+        "--shutdown-timeout": [str(DRAIN_SECONDS)],
+    }
     if current_platform.is_cpu():
         wanted |= {"--enforce-eager": [], "--block-size": [str(BLOCK_SIZE)], "--dtype": [cpu_dtype()]}
     given = {flag.split("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
@@ -135,10 +144,14 @@ async def _run(args: Namespace, name: str, profile: Profile, watch: Watch) -> No
             h11_max_header_count=args.h11_max_header_count,
             **({"log_config": log_config} if log_config is not None else {}),
         )
+    failed = engine.errored and not engine.stopping
     try:
         await shutdown
     finally:
         sock.close()
+    if failed:
+        # A supervisor that restarts on failure must see one.
+        raise SystemExit("the engine has failed: see the log above for the cause")
 
 
 @asynccontextmanager
@@ -146,13 +159,14 @@ async def _engine(args: Namespace) -> AsyncIterator[tuple[Any, SchedulerView]]:
     """VLLM's engine with our view of the scheduler's statistics attached."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from vllm_spectral_server.engine import Engine
 
     arguments = AsyncEngineArgs.from_cli_args(args)
     vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    count_cached_pages(vllm_config)
+    use_spectral_scheduler(vllm_config)
     view = SchedulerView()
-    engine = AsyncLLM.from_vllm_config(
+    engine = Engine.from_vllm_config(
         vllm_config=vllm_config,
         usage_context=UsageContext.OPENAI_API_SERVER,
         enable_log_requests=arguments.enable_log_requests,

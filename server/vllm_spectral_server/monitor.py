@@ -144,13 +144,15 @@ class Monitor:
     @property
     def ready(self) -> tuple[bool, str]:
         """Whether answers are to be trusted, and why not."""
+        if self.engine.stopping:
+            return False, "the server is stopping"
         if self.engine.errored:
             return False, "the engine has failed"
         if self.canary.state in ("failed", "pending"):
             return False, f"canary: {self.canary.message}"
         if self.canary.state == "off":
             return True, f"the engine runs; canary: {self.canary.message}"
-        silence = time.time() - (self.canary.time or 0.0)
+        silence = time.monotonic() - self.canary.answered
         if silence > max(STALE_RUNS * self.canary.pause, STALE_SECONDS):
             return False, f"canary: not answered for {silence:.0f} s"
         return True, f"the engine runs; canary: {self.canary.message}"

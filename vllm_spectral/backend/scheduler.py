@@ -1,4 +1,4 @@
-"""VLLM's scheduler, which also says what its free pages still hold.
+"""VLLM's scheduler, which also says what its free pages still hold, and lets the canary go first.
 
 A page that no request holds may still serve a prefix hit. vLLM counts it as free, and reports no more than that; from
 outside, a full prefix cache and an empty one look the same.
@@ -13,20 +13,36 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
 
 USED_KEY, CACHED_KEY = "spectral:used_blocks", "spectral:cached_blocks"
 """Where the counts travel: in ``SchedulerStats.num_kv_fetch_reqs_by_stage``, the one field of the statistics that is a
 free table of numbers; who reads the statistics takes them out again."""
+CANARY_PREFIX = "canary-"
+"""How the ids of the canary's requests begin. It goes before all that wait: it is there to say what answers are worth, not
+how long the queue is."""
+_FIRST = -(2**31)
 _PAUSE = 1000
 """Counting walks over all blocks, some 50 ns each; after a count there is a pause of so many times its duration."""
 
 
-class _Counting:
+class _Spectral:
     """Mixed into a scheduler."""
 
     kv_cache_manager: Any
+    waiting: Any
     _spectral_next = 0.0
     _spectral_counts: tuple[int, int] = (0, 0)
+
+    def add_request(self, request: Request) -> None:
+        """As vLLM's, but for the canary."""
+        first = request.request_id.startswith(CANARY_PREFIX)
+        if first:
+            request.priority = _FIRST  # for a queue in the order of priorities
+        super().add_request(request)  # type: ignore[misc]
+        if first and request in self.waiting:
+            self.waiting.remove_request(request)
+            self.waiting.prepend_request(request)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """As vLLM's, with the two counts; they are of one moment."""
@@ -49,16 +65,16 @@ class _Counting:
         return used, cached
 
 
-class SpectralScheduler(_Counting, Scheduler):
+class SpectralScheduler(_Spectral, Scheduler):
     """For synchronous scheduling."""
 
 
-class SpectralAsyncScheduler(_Counting, AsyncScheduler):
+class SpectralAsyncScheduler(_Spectral, AsyncScheduler):
     """For asynchronous scheduling."""
 
 
-def count_cached_pages(vllm_config: VllmConfig) -> None:
-    """Have the engine use a counting scheduler, unless the user chose one of their own.
+def use_spectral_scheduler(vllm_config: VllmConfig) -> None:
+    """Have the engine use a scheduler of ours, unless the user chose one of their own.
 
     Must run after vLLM has settled its configuration, since the class depends on whether scheduling is asynchronous.
     """

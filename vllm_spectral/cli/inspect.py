@@ -43,7 +43,8 @@ def _print_tables(summary: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # What a file says is shown as it stands, brackets and all.
+    console = Console(markup=False, highlight=False)
     facts = Table(title=f"profile {summary.name}", show_header=False)
     for name, value in dataclasses.asdict(summary).items():
         if name == "layers":

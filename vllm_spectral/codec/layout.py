@@ -131,6 +131,37 @@ def value_words(bits: Sequence[int]) -> int:
     return pack_fields(bits).num_words
 
 
+def split_words(key_bits: Tensor, value_bits: Tensor, slot_bytes: int) -> tuple[Tensor, Tensor]:
+    """How a slot's words are shared: those that the key takes, and those that are left for the value.
+
+    Args:
+        key_bits, value_bits: ``[num_heads, head_dim]`` int64, bits per channel; those of the key equal in channel pairs.
+        slot_bytes: bytes per (token, KV head).
+
+    Returns:
+        ``[num_heads]`` int64 each.
+
+    Raises:
+        ValueError: if a head's codes do not fit the slot, or the channels of a key are not paired.
+    """
+    if key_bits.shape != value_bits.shape or key_bits.ndim != 2:
+        raise ValueError(
+            f"bits of K and V must both be [num_heads, head_dim], got {key_bits.shape}, {value_bits.shape}"
+        )
+    if slot_bytes % SLOT_ALIGNMENT or slot_bytes <= HEADER_WORDS * WORD_BYTES:
+        raise ValueError(f"slot_bytes must be a positive multiple of {SLOT_ALIGNMENT}, got {slot_bytes}")
+    if not torch.equal(key_bits[:, ::2], key_bits[:, 1::2]):
+        raise ValueError("bits of K must be equal for channels 2j and 2j + 1")
+    if int(torch.cat([key_bits, value_bits]).max()) > MAX_BITS or int(torch.cat([key_bits, value_bits]).min()) < 0:
+        raise ValueError(f"bits must be between 0 and {MAX_BITS}")
+    taken = torch.tensor([key_words(row) for row in key_bits.tolist()])
+    room = payload_words(slot_bytes) - taken
+    worst = max(value_words(row) - int(space) for row, space in zip(value_bits.tolist(), room, strict=True))
+    if worst > 0:
+        raise ValueError(f"codes need {WORD_BYTES * worst} bytes more than the slot's {slot_bytes}")
+    return taken, room
+
+
 @dataclass(frozen=True)
 class FieldTable:
     """Where the codes of one kind (keys or values, spectral or flat) lie in a slot.
@@ -194,23 +225,9 @@ class SlotLayout:
     """
 
     def __init__(self, key_bits: Tensor, value_bits: Tensor, slot_bytes: int) -> None:
-        if key_bits.shape != value_bits.shape or key_bits.ndim != 2:
-            raise ValueError(
-                f"bits of K and V must both be [num_heads, head_dim], got {key_bits.shape}, {value_bits.shape}"
-            )
-        if slot_bytes % SLOT_ALIGNMENT or slot_bytes <= HEADER_WORDS * WORD_BYTES:
-            raise ValueError(f"slot_bytes must be a positive multiple of {SLOT_ALIGNMENT}, got {slot_bytes}")
-        if not torch.equal(key_bits[:, ::2], key_bits[:, 1::2]):
-            raise ValueError("bits of K must be equal for channels 2j and 2j + 1")
-        if int(torch.cat([key_bits, value_bits]).max()) > MAX_BITS or int(torch.cat([key_bits, value_bits]).min()) < 0:
-            raise ValueError(f"bits must be between 0 and {MAX_BITS}")
+        self.num_key_words, room = split_words(key_bits, value_bits, slot_bytes)
         self.num_heads, self.head_dim = key_bits.shape
         self.slot_bytes = slot_bytes
-        self.num_key_words = torch.tensor([key_words(row) for row in key_bits.tolist()])
-        room = payload_words(slot_bytes) - self.num_key_words
-        worst = max(value_words(row) - int(space) for row, space in zip(value_bits.tolist(), room, strict=True))
-        if worst > 0:
-            raise ValueError(f"codes need {WORD_BYTES * worst} bytes more than the slot's {slot_bytes}")
         # The flat fallback may use all words that are left, also those that the value's own fields do not need.
         self.num_value_words = room
         start = self.num_key_words + HEADER_WORDS

@@ -104,7 +104,10 @@ def plot_profile(profile: Profile, path: Path) -> None:
         axes[1, column].set(title=f"{kind}s: bits per rotated channel", xlabel="channel", ylim=(0, 8.2))
     scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, max(len(profile.layers) - 1, 1)), colors)
     figure.colorbar(scale, ax=axes, label="layer")
-    figure.suptitle(f"{profile.name}: {profile.bits_per_element:.2f} bits per element, digest {profile.digest[:12]}")
+    figure.suptitle(
+        f"{profile.name}: {profile.bits_per_element:.2f} bits per element, digest {profile.digest[:12]}",
+        parse_math=False,
+    )
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from torch import Tensor
@@ -14,6 +14,8 @@ from vllm_spectral.models.description import ModelFingerprint
 
 SCHEMA_VERSION = 2
 BasisKind = Literal["spectral", "hadamard"]
+CODEBOOKS = "codebooks"
+"""Name of the one tensor in a file that belongs to no layer."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,13 @@ class LayerProfile:
             SlotLayout(self.key_bits.long(), self.value_bits.long(), slot_bytes),
             codebooks,
         )
+
+
+def tensor_shapes(num_kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each field of a :class:`LayerProfile`."""
+    vector = (num_kv_heads, head_dim)
+    names = [field.name for field in fields(LayerProfile)]
+    return {name: (*vector, head_dim) if name.endswith("basis") else vector for name in names}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,19 @@ MOST_REQUESTS = 1024
 """Unfinished requests from which on new ones are answered 503; vLLM's own default is any number."""
 DRAIN_SECONDS = 30
 """What requests in flight are given when the server is told to stop; vLLM's own default is nothing."""
+_ONE_MACHINE = "a server has all its ranks on one machine; start one on each machine, behind a load balancer"
+REFUSED = {
+    "--api-server-count": "schedulers report to one process, and the others would not know what is in use; for more, start "
+    "several servers behind a load balancer",
+    "--pipeline-parallel-size": "not supported: use --tensor-parallel-size",
+    "--headless --data-parallel-external-lb --data-parallel-hybrid-lb --data-parallel-multi-port-external-lb "
+    "--data-parallel-rank --data-parallel-start-rank --nnodes": _ONE_MACHINE,
+    "--grpc --grpc-port": "only HTTP is served: leave it out",
+    "--disable-log-stats": "it would hide from us what is in use: leave it out",
+    "--scheduler-cls --worker-extension-cls": "taken by vllm-spectral",
+}
+"""Serving flags of vLLM, and why they are refused."""
+_ONE_IS_FINE = {"--api-server-count", "--pipeline-parallel-size", "--nnodes"}
 
 
 @dataclass(frozen=True)
@@ -71,21 +84,30 @@ def serve(
         raise ConfigError(
             f"one MODEL is served at a time, and it is named first: {args.model_tag or args.model} is extra"
         )
-    if args.api_server_count not in (None, 1):
-        raise ConfigError("--api-server-count is not supported: the memory report needs the one server process")
-    if args.pipeline_parallel_size != 1:
-        raise ConfigError("--pipeline-parallel-size is not supported: use --tensor-parallel-size")
-    if args.disable_log_stats:
-        raise ConfigError("--disable-log-stats would hide from us what is in use: leave it out")
-    if args.scheduler_cls is not None:
-        raise ConfigError("--scheduler-cls is taken by vllm-spectral")
+    refuse(args)
     args.additional_config = merge_config(args.additional_config, config)
-    if args.worker_extension_cls:
-        raise ConfigError("--worker-extension-cls is taken by vllm-spectral")
     args.worker_extension_cls = EXTENSION
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     uvloop.run(_run(args, name, profile, watch))
+
+
+def refuse(args: Namespace) -> None:
+    """Refuse what vLLM could do and this server cannot, rather than ignore it.
+
+    Raises:
+        ConfigError: the flag, the reason and the way out.
+    """
+    for flags, reason in REFUSED.items():
+        for flag in flags.split():
+            value = getattr(args, flag.removeprefix("--").replace("-", "_"), None)
+            # Rank 0 is a value like any other.
+            given = value is not None and value is not False and value != ""
+            if given and not (flag in _ONE_IS_FINE and value == 1):
+                raise ConfigError(f"{flag}: {reason}")
+    size, local = args.data_parallel_size, args.data_parallel_size_local
+    if local not in (None, size):
+        raise ConfigError(f"--data-parallel-size-local {local} of {size}: {_ONE_MACHINE}")
 
 
 def default_flags(flags: Sequence[str], name: str) -> list[str]:

@@ -1,0 +1,39 @@
+"""Flags that this server refuses instead of ignoring them."""
+
+from __future__ import annotations
+
+import pytest
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm_spectral_server.launch import refuse
+
+from vllm_spectral.errors import ConfigError
+
+
+def check(*flags: str) -> None:
+    refuse(make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "any", *flags]))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (), ("--data-parallel-size", "2"), ("--tensor-parallel-size", "2"), ("--api-server-count", "1"),
+        ("--data-parallel-size", "2", "--data-parallel-size-local", "2"),
+    ],
+)  # fmt: skip
+def test_what_is_served(flags: tuple[str, ...]) -> None:
+    check(*flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--api-server-count", "2"), ("--headless",), ("--data-parallel-rank", "0"), ("--nnodes", "2"),
+        ("--data-parallel-size", "2", "--data-parallel-size-local", "1"), ("--data-parallel-hybrid-lb",), ("--grpc",),
+        ("--disable-log-stats",), ("--scheduler-cls", "any.Scheduler"), ("--worker-extension-cls", "any.Extension"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_and_by_which_name(flags: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(*flags)
+    assert flags[-1] in str(refused.value) or flags[-2] in str(refused.value)

@@ -200,18 +200,20 @@ class Canary:
         self.layers = await look() or self.layers
         kl = worst(verdict.kl for verdict in verdicts)
         assert kl is not None
-        self.verdict = verdict = Verdict(kl, min(verdict.top1 for verdict in verdicts))
+        self.verdict = Verdict(kl, min(verdict.top1 for verdict in verdicts))
         self.time, self.runs = time.time(), self.runs + 1
         self.answered = time.monotonic()
-        reasons = list(self._reasons(verdict))
+        reasons = list(self._reasons(verdicts, self.verdict))
         self.state = "failed" if reasons else "passed"
         self.failures += bool(reasons)
         self.message = "; ".join(reasons) or "answers as the exact cache does"
 
-    def _reasons(self, verdict: Verdict) -> Iterator[str]:
+    def _reasons(self, verdicts: Sequence[Verdict], verdict: Verdict) -> Iterator[str]:
         limits = self.limits
         if not verdict.kl <= limits.kl:
-            yield f"predictions are {verdict.kl:.3f} nats from the exact cache's, the limit is {limits.kl:g}"
+            off = [str(rank) for rank, one in enumerate(verdicts) if not one.kl <= limits.kl]
+            whose = f" of data-parallel rank{'s' * (len(off) > 1)} {', '.join(off)}" if self.num_engines > 1 else ""
+            yield f"predictions{whose} are {verdict.kl:.3f} nats from the exact cache's, the limit is {limits.kl:g}"
         bad = sorted(layer for layer, check in self.layers.items() if not limits.passes(check))
         if bad:
             ratio, drift, kernel = (

@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY, Counter, Gauge
 from prometheus_client import Metric as PrometheusMetric
 from prometheus_client.registry import Collector
 
-from vllm_spectral.stats.memory import MemoryReport
+from vllm_spectral.stats.memory import EngineMemory, MemoryReport, WorkerMemory
 from vllm_spectral_server.monitor import LayerState, Monitor
 
 PREFIX = "vllm_spectral:"
@@ -45,6 +45,20 @@ def _memory(name: str) -> Read:
     return lambda _, memory: [((), getattr(memory, name))]
 
 
+def _rank(read: Callable[[WorkerMemory], float]) -> Read:
+    return lambda _, memory: [
+        ((str(engine.rank), str(worker.rank)), read(worker)) for engine in memory.engines for worker in engine.workers
+    ]
+
+
+def _rank_pages(blocks: Callable[[EngineMemory], int]) -> Read:
+    return lambda _, memory: [
+        ((str(engine.rank), str(worker.rank)), blocks(engine) * memory.block_size_tokens * worker.bytes_per_token)
+        for engine in memory.engines
+        for worker in engine.workers
+    ]
+
+
 def _layer(read: Callable[[LayerState], float | None]) -> Read:
     return lambda monitor, _: [((str(state.layer),), read(state)) for state in monitor.layers]
 
@@ -72,6 +86,7 @@ def _alarms(monitor: Monitor, _: MemoryReport) -> Values:
 
 
 _L = ("layer",)
+_R = ("engine", "rank")
 METRICS = (
     Metric("pool_bytes", "gauge", "All pages of the KV cache, measured from the allocated tensors.", _memory("pool_bytes")),
     Metric("used_bytes", "gauge", "Pages held by requests.", _memory("used_bytes")),
@@ -93,6 +108,25 @@ METRICS = (
     Metric(
         "effective_compression_ratio", "gauge", "bf16 bytes of a full cache over resident_bytes.",
         _memory("effective_compression_ratio"),
+    ),
+    Metric("rank_pool_bytes", "gauge", "All pages on one rank.", _rank(lambda w: w.pool_bytes), _R),
+    Metric(
+        "rank_used_bytes", "gauge", "Its part of the pages held by requests.", _rank_pages(lambda e: e.used_blocks), _R
+    ),
+    Metric(
+        "rank_cached_bytes", "gauge", "Its part of the pages that still serve prefix hits.",
+        _rank_pages(lambda e: e.cached_blocks), _R,
+    ),
+    Metric("rank_exact_tier_bytes", "gauge", "Its exact copies.", _rank(lambda w: w.exact_tier_bytes), _R),
+    Metric("rank_workspace_bytes", "gauge", "Its kernels' scratch.", _rank(lambda w: w.workspace_bytes), _R),
+    Metric("rank_profile_bytes", "gauge", "Its part of the profile.", _rank(lambda w: w.profile_bytes), _R),
+    Metric(
+        "rank_resident_page_bytes", "gauge", "The part of its pages that the kernel holds in memory.",
+        _rank(lambda w: w.resident_page_bytes), _R,
+    ),
+    Metric(
+        "rank_process_bytes", "gauge", "Resident memory of its whole process, weights included.",
+        _rank(lambda w: w.process_bytes), _R,
     ),
     Metric("exact_tokens_wanted_total", "counter", "Earlier tokens in steps' exact windows.", _exact("wanted")),
     Metric("exact_tokens_found_total", "counter", "Those of them that had an exact copy.", _exact("found")),

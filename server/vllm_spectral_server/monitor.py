@@ -130,8 +130,8 @@ class Monitor:
     def memory(self) -> MemoryReport:
         """What is resident, as the workers last said, and what of it is in use, as the schedulers last said."""
         engines = [
-            EngineMemory(tuple(workers), *view.blocks)
-            for workers, view in zip(self._workers, self.view.engines.values(), strict=True)
+            EngineMemory(tuple(workers), *view.blocks, rank)
+            for workers, (rank, view) in zip(self._workers, self.view.engines.items(), strict=True)
         ]
         return MemoryReport(self.engine.vllm_config.cache_config.block_size, tuple(engines))
 

@@ -123,6 +123,37 @@ def test_a_reference_that_is_not_exact_is_never_compared_with() -> None:
     assert "could not be recorded" in canary.message
 
 
+def test_the_rank_that_is_off_is_named() -> None:
+    """One of two data-parallel ranks answers otherwise than it did; the other must not hide it."""
+
+    class TwoRanks(Engine):
+        changed = False
+
+        async def generate(self, prompt: Any, *_args: Any, **options: Any) -> Any:
+            first = -5.0 if self.changed and options["data_parallel_rank"] == 1 else -0.1
+            position = {1: SimpleNamespace(logprob=first), 2: SimpleNamespace(logprob=-3.0)}
+            yield SimpleNamespace(
+                finished=True, prompt_logprobs=[None, *[position] * (len(prompt["prompt_token_ids"]) - 1)]
+            )
+
+    engine = TwoRanks(exactly=[[30], [30]])
+    canary = Canary(engine, 2, engine.ask, 60.0, Limits())
+
+    async def look() -> dict[int, LayerCheck]:
+        return {0: SOUND}
+
+    async def work() -> None:
+        await canary.record()
+        await canary.run(look)
+        assert canary.state == "passed"
+        engine.changed = True
+        await canary.run(look)
+
+    asyncio.run(work())
+    assert canary.state == "failed"
+    assert canary.message.startswith("predictions of data-parallel rank 1 are")
+
+
 def test_the_workers_stop_waiting_for_the_canary() -> None:
     engine = Engine()
     sing(engine, {0: SOUND})

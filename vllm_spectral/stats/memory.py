@@ -122,6 +122,11 @@ class WorkerMemory:
         return cls(**{**wire, "layers": layers})
 
     @property
+    def bytes_per_token(self) -> int:
+        """This rank's page bytes of one token, all layers."""
+        return sum(layer.slot_bytes * layer.num_heads for layer in self.layers)
+
+    @property
     def pool_bytes(self) -> int:
         """Bytes of all pages."""
         return sum(layer.page_bytes for layer in self.layers)
@@ -150,11 +155,13 @@ class EngineMemory:
         workers: its tensor-parallel ranks.
         used_blocks: blocks held by requests.
         cached_blocks: blocks held by none, whose content still serves prefix hits.
+        rank: the data-parallel rank.
     """
 
     workers: tuple[WorkerMemory, ...]
     used_blocks: int = 0
     cached_blocks: int = 0
+    rank: int = 0
 
     @property
     def num_blocks(self) -> int:
@@ -164,7 +171,7 @@ class EngineMemory:
     @property
     def bytes_per_token(self) -> int:
         """Page bytes of one token, all layers and ranks."""
-        return sum(layer.slot_bytes * layer.num_heads for worker in self.workers for layer in worker.layers)
+        return sum(worker.bytes_per_token for worker in self.workers)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ async def memory(monitor: Watching) -> CacheMemory:
         layers=[_cost(layer) for layer in report.layers],
         ranks=[
             RankMemory(
-                data_parallel_rank=index,
+                data_parallel_rank=engine.rank,
                 tensor_parallel_rank=worker.rank,
                 pool_bytes=worker.pool_bytes,
                 allocated_bytes=worker.allocated_bytes,
@@ -72,7 +72,7 @@ async def memory(monitor: Watching) -> CacheMemory:
                 process_bytes=worker.process_bytes,
                 layers=[_cost(layer) for layer in worker.layers],
             )
-            for index, engine in enumerate(report.engines)
+            for engine in report.engines
             for worker in engine.workers
         ],
         **{name: getattr(report, name) for name in _PLAIN},

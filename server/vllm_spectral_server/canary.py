@@ -60,7 +60,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """One layer, on the canary's own tokens, the worst of all ranks; see :class:`vllm_spectral.stats.probe.Probe`."""
+    """One layer, on the canary's own tokens, over the ranks; see :class:`vllm_spectral.stats.probe.Probe`."""
 
     error_ratio: float
     drift: float

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,7 +38,11 @@ _FIGURES = ("output_error", "attention_kl", "fallback_share", "clipped_share")
 
 @dataclass(frozen=True)
 class LayerState:
-    """One layer over all ranks: means of the figures, the worst error ratio and drift. None: nothing measured yet."""
+    """One layer over all ranks. None: nothing measured yet.
+
+    Figures are means over the heads, hence over the tensor-parallel ranks of an engine, which share the heads: so a limit
+    means the same however many ranks there are. Of several engines, and of the kernels of several ranks, the worst counts.
+    """
 
     layer: int
     samples: int
@@ -58,18 +63,37 @@ class LayerState:
     def joined(cls, engines: Sequence[Sequence[dict[str, Any]]]) -> LayerState:
         """From the reports of the layer by every rank of every engine."""
         ranks = [rank for engine in engines for rank in engine]
-        seen = [rank for rank in ranks if rank["samples"]]
+        # The ranks of an engine sample the same steps.
+        seen = [engine for engine in engines if all(rank["samples"] for rank in engine)]
         return cls(
             layer=ranks[0]["layer"],
             samples=sum(engine[0]["samples"] for engine in engines),
             time=worst(rank["time"] for rank in ranks),
-            figures={name: sum(r["means"][name] for r in seen) / len(seen) for name in _FIGURES} if seen else {},
-            error_ratio=worst(rank["means"]["error_ratio"] for rank in seen),
-            kernel_error=worst(rank["means"]["kernel_error"] for rank in seen),
-            key_drift=worst(rank["key_drift"] for rank in ranks),
-            value_drift=worst(rank["value_drift"] for rank in ranks),
+            figures={name: fmean(rank["means"][name] for e in seen for rank in e) for name in _FIGURES} if seen else {},
+            error_ratio=worst(_mean(rank["means"]["error_ratio"] for rank in engine) for engine in seen),
+            kernel_error=worst(rank["means"]["kernel_error"] for engine in seen for rank in engine),
+            key_drift=worst(_mean(rank["key_drift"] for rank in engine) for engine in engines),
+            value_drift=worst(_mean(rank["value_drift"] for rank in engine) for engine in engines),
             moment_tokens=max(min(rank["moment_tokens"] for rank in engine) for engine in engines),
         )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def join_probes(ranks: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The probes of an engine's tensor-parallel ranks as if one rank had all heads; see :class:`LayerState`."""
+    if len({tuple((probe["layer"], probe["canary"]) for probe in probes) for probes in ranks}) > 1:
+        # A rank where sampling failed has fewer; that is an alarm of its own, and nothing is hidden.
+        return [probe for probes in ranks for probe in probes]
+    return [
+        parts[0]
+        | {name: fmean(part[name] for part in parts) for name in (*_FIGURES, "error_ratio", "drift")}
+        | {"kernel_error": worst(part["kernel_error"] for part in parts)}
+        for parts in zip(*ranks, strict=True)
+    ]
 
 
 class Monitor:
@@ -194,7 +218,8 @@ class Monitor:
             LayerState.joined([[rank["layers"][index] for rank in ranks] for ranks in engines])
             for index in range(len(reports[0]["layers"]))
         ]
-        for entry in sorted((e for report in reports for e in report["history"]), key=lambda e: e["time"]):
+        probes = [probe for ranks in engines for probe in join_probes([rank["history"] for rank in ranks])]
+        for entry in sorted(probes, key=lambda e: e["time"]):
             self.history.append(entry)
             if entry["canary"]:
                 before = self._canary_layers.get(entry["layer"])

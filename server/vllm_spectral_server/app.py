@@ -7,6 +7,8 @@ from argparse import Namespace
 from fastapi import FastAPI
 
 from vllm_spectral import __version__
+from vllm_spectral_server.limits import MIDDLEWARE as GATE
+from vllm_spectral_server.limits import Rules, hide_paths
 from vllm_spectral_server.metrics import Exporter
 from vllm_spectral_server.monitor import Monitor
 from vllm_spectral_server.overload import MIDDLEWARE as OVERLOAD
@@ -14,12 +16,13 @@ from vllm_spectral_server.routes import dashboard, kv_cache, ready
 from vllm_spectral_server.usage import MIDDLEWARE as USAGE
 
 
-async def build_app(args: Namespace, monitor: Monitor) -> FastAPI:
+async def build_app(args: Namespace, monitor: Monitor, rules: Rules) -> FastAPI:
     """VLLM's application with our routes and metrics added.
 
     Args:
         args: vLLM's serving arguments.
         monitor: what knows the cache's state; started.
+        rules: what is taken from strangers.
     """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app as build_vllm_app
@@ -27,12 +30,14 @@ async def build_app(args: Namespace, monitor: Monitor) -> FastAPI:
     engine = monitor.engine
     tasks = await engine.get_supported_tasks()
     # vLLM's application is complete when it is handed over: middleware has to be named before.
-    args.middleware = [*args.middleware, USAGE, OVERLOAD]
+    args.middleware = [*args.middleware, USAGE, OVERLOAD, GATE]
     app: FastAPI = build_vllm_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
     app.title = "vllm-spectral"
     app.version = __version__
     app.state.spectral = monitor
+    app.state.rules = rules
+    hide_paths(app)
     exporter = Exporter(monitor, engine.model_config.served_model_name)
     monitor.on_refresh = exporter.update
     for part in (kv_cache, ready, dashboard):

@@ -19,6 +19,7 @@ from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.schema import Profile
 from vllm_spectral_server.app import build_app
 from vllm_spectral_server.canary import Limits
+from vllm_spectral_server.limits import MAX_HEADER_BYTES, PatientProtocol, RequestLimits, Rules
 from vllm_spectral_server.monitor import Monitor
 from vllm_spectral_server.scheduler_view import SchedulerView
 
@@ -56,7 +57,13 @@ class Watch:
 
 
 def serve(
-    model: ModelDescription, name: str, profile: Profile, config: SpectralConfig, watch: Watch, flags: Sequence[str]
+    model: ModelDescription,
+    name: str,
+    profile: Profile,
+    config: SpectralConfig,
+    watch: Watch,
+    limits: RequestLimits,
+    flags: Sequence[str],
 ) -> None:
     """Serve until a signal stops us.
 
@@ -66,12 +73,14 @@ def serve(
         profile: its profile, verified.
         config: our backend's configuration.
         watch: how it watches itself.
+        limits: what it takes from strangers.
         flags: vLLM's serving flags.
 
     Raises:
         ConfigError: if the flags contradict us.
     """
     import uvloop
+    from vllm import envs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -89,7 +98,10 @@ def serve(
     args.worker_extension_cls = EXTENSION
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    uvloop.run(_run(args, name, profile, watch))
+    # As vLLM reads them.
+    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    rules = Rules.of(limits, keys, args.log_error_stack)
+    uvloop.run(_run(args, name, profile, watch, rules))
 
 
 def refuse(args: Namespace) -> None:
@@ -118,6 +130,7 @@ def default_flags(flags: Sequence[str], name: str) -> list[str]:
         "--served-model-name": [name],
         "--max-num-queued-reqs": [str(MOST_REQUESTS)],
         "--shutdown-timeout": [str(DRAIN_SECONDS)],
+        "--h11-max-incomplete-event-size": [str(MAX_HEADER_BYTES)],
     }
     if current_platform.is_cpu():
         wanted |= {"--enforce-eager": [], "--block-size": [str(BLOCK_SIZE)], "--dtype": [cpu_dtype()]}
@@ -134,7 +147,7 @@ def merge_config(additional: Any, config: SpectralConfig) -> dict[str, Any]:
     return given | config.to_additional_config()
 
 
-async def _run(args: Namespace, name: str, profile: Profile, watch: Watch) -> None:
+async def _run(args: Namespace, name: str, profile: Profile, watch: Watch, rules: Rules) -> None:
     from vllm import envs
     from vllm.entrypoints.launchers.launcher import serve_http, setup_server
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
@@ -145,7 +158,7 @@ async def _run(args: Namespace, name: str, profile: Profile, watch: Watch) -> No
         engine, view = await stack.enter_async_context(_engine(args))
         monitor = Monitor(engine, view, name, active, watch.limits, watch.canary_seconds)
         await monitor.start()
-        app = await build_app(args, monitor)
+        app = await build_app(args, monitor, rules)
         await stack.enter_async_context(monitor.running())
         log_config = get_uvicorn_log_config(args)
         shutdown = await serve_http(
@@ -162,6 +175,7 @@ async def _run(args: Namespace, name: str, profile: Profile, watch: Watch) -> No
             ssl_ca_certs=args.ssl_ca_certs,
             ssl_cert_reqs=args.ssl_cert_reqs,
             ssl_ciphers=args.ssl_ciphers,
+            http=PatientProtocol,
             h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
             h11_max_header_count=args.h11_max_header_count,
             **({"log_config": log_config} if log_config is not None else {}),

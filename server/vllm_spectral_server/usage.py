@@ -129,7 +129,7 @@ def _asks(body: bytes) -> bool:
     try:
         request: Any = json.loads(body)
         extra = request.get("vllm_xargs")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return False  # vLLM will say what is wrong with it
     prompt = request.get("prompt")
     several = isinstance(prompt, list) and len(prompt) > 1 and not all(isinstance(part, int) for part in prompt)

@@ -32,7 +32,7 @@ def application() -> FastAPI:
         try:
             asked = await request.json()
             assert isinstance(asked, dict) and not asked.get("bad")
-        except (ValueError, AssertionError):
+        except (ValueError, AssertionError, RecursionError):
             return JSONResponse({"error": {"message": "bad"}}, status_code=400)
         if not asked.get("stream"):
             return {"choices": [{"text": "größe"}], "usage": USAGE, "echo": asked}
@@ -83,7 +83,14 @@ def test_errors_pass(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"kv_cache_usage", b'["kv_cache_usage"]', b'{"vllm_xargs": "kv_cache_usage"}']
+    "content",
+    [
+        b"",
+        b"kv_cache_usage",
+        b'["kv_cache_usage"]',
+        b'{"vllm_xargs": "kv_cache_usage"}',
+        b'["kv_cache_usage",' + b"[" * 100_000,
+    ],
 )
 def test_nonsense_is_left_to_vllm(client: TestClient, content: bytes) -> None:
     answer = client.post("/v1/completions", content=content)

@@ -42,7 +42,7 @@ def add_exact(parser: argparse.ArgumentParser) -> None:
         help="its most recent tokens (%(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--exact-memory-bytes", metavar="SIZE", type=_size, default=None,
+        "--exact-memory-bytes", metavar="SIZE", type=size, default=None,
         help="size of the pool per worker, taken out of the cache's memory; 64M, 1.5G, ...; 0: no exact tier "
         "(what --max-num-seqs requests need, at most a 24th of the cache's memory)",
     )  # fmt: skip
@@ -103,14 +103,15 @@ def number(text: str) -> float:
 number.__name__ = "number of 0 or more"
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
+    """Bytes, as ``64M`` or ``1.5G``, for argparse."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
         raise ValueError
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
-_size.__name__ = "size in bytes"
+size.__name__ = "size in bytes"
 
 
 def quiet_vllm(verbose: bool) -> None:

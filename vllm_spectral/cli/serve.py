@@ -17,6 +17,7 @@ from vllm_spectral.cli.common import (
     for_workers,
     load_for,
     number,
+    size,
     warn,
 )
 from vllm_spectral.config import DISABLE_VARIABLE, SpectralConfig
@@ -75,6 +76,19 @@ def add_parser(commands: Any) -> None:
         "--drift-limit", metavar="SHARE", type=number, default=0.08,
         help="share of the energy outside the profile's leading channels, likewise (%(default)g)",
     )  # fmt: skip
+    access = parser.add_argument_group(
+        "access", "what the server takes from strangers; see docs/security.md. Once there is an --api-key, it is asked for "
+        "everywhere but at /health, /ping, /ready, /metrics, /version, /load, /docs and /dashboard"
+    )  # fmt: skip
+    access.add_argument(
+        "--protect-all", action="store_true",
+        help="ask for the key there as well, but at /health and /ping; as the password of any user, for browsers, or as a "
+        "bearer token",
+    )  # fmt: skip
+    access.add_argument(
+        "--max-body-size", metavar="SIZE", type=size, default=None,
+        help="largest body of a request; 64M, 1.5G, ... (32M). Larger ones are answered 413",
+    )  # fmt: skip
     parser.set_defaults(run=run, passes_flags_on=True)
 
 
@@ -103,7 +117,9 @@ def run(args: argparse.Namespace) -> int:
     config = SpectralConfig(path, profile.digest, exempt, fidelity_every=args.fidelity_every, **exact_fields(args))
     from vllm_spectral_server.canary import Limits
     from vllm_spectral_server.launch import Watch, serve
+    from vllm_spectral_server.limits import MAX_BODY_BYTES, RequestLimits
 
     watch = Watch(Limits(args.error_limit, args.drift_limit, args.canary_kl), args.canary_seconds)
-    serve(model, args.model, profile, config, watch, args.rest)
+    limits = RequestLimits(MAX_BODY_BYTES if args.max_body_size is None else args.max_body_size, args.protect_all)
+    serve(model, args.model, profile, config, watch, limits, args.rest)
     return 0

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from tests.conftest import DIM
-from vllm_spectral.backend.observer import LayerObserver, Observer, Watch
+from vllm_spectral.backend.observer import PRIOR_TOKENS, LayerObserver, Observer, Watch
 from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
+from vllm_spectral.codec.rotation import channel_energy
 from vllm_spectral.profile.schema import LayerProfile
+from vllm_spectral.stats.moments import LayerMoments
 
 
 def lens(*values: int) -> torch.Tensor:
@@ -71,3 +73,19 @@ def test_a_failing_probe_is_switched_off_and_told(observer: Observer) -> None:
     seen.see(Watch(0, None, False), nonsense, nonsense, nonsense, nonsense, nonsense, None)
     assert observer.every == 0
     assert observer.report()["failure"].startswith("sampling failed in layer 0")
+
+
+def test_what_traffic_did_not_use_keeps_what_the_profile_said_of_it(layer: LayerProfile) -> None:
+    codec = layer.codec(64, Codebooks(normal_codebooks()))
+    seen = LayerObserver(Observer(10), 0, codec, None, None, DIM**-0.5)
+    heads = codec.layout.num_heads
+    # All traffic along one direction: alone, it would leave every other channel without bits.
+    narrow = torch.ones(3000, heads, DIM)
+    seen.moments.add(narrow, narrow, narrow, torch.arange(3000) + 4)
+    told = LayerMoments.from_tensors(seen.with_prior().to_tensors())
+    assert told.num_measured == seen.moments.num_tokens == 3000
+    assert torch.equal(seen.moments.keys, 3000 * torch.ones_like(seen.moments.keys)), "the live sums are as they were"
+    for coding, moment in ((codec.keys, told.keys), (codec.values, told.values)):
+        energy = channel_energy(moment - seen.moments.keys, coding.basis)
+        torch.testing.assert_close(energy, PRIOR_TOKENS * coding.width.double().square(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(told.value_sum / told.num_tokens, torch.ones_like(told.value_sum))

@@ -180,7 +180,7 @@ async def _run(args: Namespace, name: str, profile: Profile, watch: Watch, rules
             h11_max_header_count=args.h11_max_header_count,
             **({"log_config": log_config} if log_config is not None else {}),
         )
-    failed = engine.errored and not engine.stopping
+        failed = engine.errored and not engine.stopping
     try:
         await shutdown
     finally:

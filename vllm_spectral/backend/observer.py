@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 from vllm_spectral.backend.exact_tier import LayerCopies
 from vllm_spectral.backend.layers import positions_of
 from vllm_spectral.codec.quantizer import LayerCodec
-from vllm_spectral.codec.rotation import unrotate
+from vllm_spectral.codec.rotation import second_moment, unrotate
 from vllm_spectral.exact.directory import StepPlan
 from vllm_spectral.kernels.layer import NativeLayer, Requests
 from vllm_spectral.stats.drift import drift
@@ -34,7 +34,10 @@ HISTORY = 4000
 """Probes kept until they are asked for."""
 RECENT_PROBES = 16
 """Weight of the past in the means: about so many probes of a layer."""
-SINK_WEIGHT = 32
+PRIOR_TOKENS = 16384
+"""Tokens that the served profile counts for in what a new one is made of, beside those seen: at least as many, so that
+what else was served before is served well still."""
+PRIOR_SINKS = 32
 """First tokens that the profile's typical one counts for, beside those seen."""
 RECENT_TOKENS = 16384
 """Tokens in the live moments; beyond, what is older counts half."""
@@ -266,17 +269,24 @@ class LayerObserver:
         for name, value in result.to_wire().items():
             self._means[name] = self._means.get(name, 0.0) * (1 - weight) + value * weight
 
-    def with_sinks(self) -> LayerMoments:
-        """The live moments, and the profile's typical first token among their first tokens.
+    def with_prior(self) -> LayerMoments:
+        """The live moments, and beside them what the served profile says of :data:`PRIOR_TOKENS` more and of first tokens.
 
-        Few sampled steps begin a request, and what attention does to a first token is the model's doing, not the text's.
+        Few steps are sampled, of few requests: channels that these hardly used would get no bits, and the next request may
+        use them. And few sampled steps begin a request; what attention does to a first token is the model's doing, not the
+        text's.
         """
-        moments = copy.copy(self.moments)
-        moments.num_sinks += SINK_WEIGHT
-        for name, coding in (("key_sink", self._codec.keys), ("value_sink", self._codec.values)):
-            setattr(
-                moments, name, getattr(moments, name) + SINK_WEIGHT * unrotate(coding.center, coding.basis).double()
-            )
+        moments, found = copy.copy(self.moments), self.moments.num_tokens
+        keys, values = self._codec.keys, self._codec.values
+        moments.num_tokens += PRIOR_TOKENS
+        moments.num_prior = PRIOR_TOKENS
+        moments.keys = moments.keys + PRIOR_TOKENS * second_moment(keys.basis, keys.width.square())
+        moments.values = moments.values + PRIOR_TOKENS * second_moment(values.basis, values.width.square())
+        # A profile has no means: the live ones stand for all.
+        moments.value_sum = moments.value_sum * (1 + PRIOR_TOKENS / max(found, 1))
+        moments.num_sinks += PRIOR_SINKS
+        moments.key_sink = moments.key_sink + PRIOR_SINKS * unrotate(keys.center, keys.basis).double()
+        moments.value_sink = moments.value_sink + PRIOR_SINKS * unrotate(values.center, values.basis).double()
         return moments
 
     def report(self) -> dict[str, Any]:
@@ -301,4 +311,4 @@ class LayerObserver:
 
 def moments_of(layers: Iterable[LayerObserver]) -> dict[str, Tensor]:
     """Live moments of all layers by ``layer.name``, for a file."""
-    return {f"{each.layer}.{name}": t for each in layers for name, t in each.with_sinks().to_tensors().items()}
+    return {f"{each.layer}.{name}": t for each in layers for name, t in each.with_prior().to_tensors().items()}

@@ -146,7 +146,7 @@ def build(
         ]
     else:
         source = "live traffic" if request.traffic else ", ".join(f.name for f in request.texts) or "built-in prompts"
-        num_tokens = min(layer.num_tokens for layer in measured.moments)
+        num_tokens = min(layer.num_measured for layer in measured.moments)
         layers = [spectral_layer(layer, slot_bytes) for layer in measured.moments]
         if measured.broad is not None:
             excess = excess_error(layers, measured.moments, measured.broad)

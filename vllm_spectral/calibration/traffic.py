@@ -51,7 +51,7 @@ def traffic_moments(url: str, key: str | None, model: ModelDescription) -> list[
             f"{url} measures {len(by_layer)} layers, the model has {model.num_layers}: it exempts the others"
         )
     layers = [LayerMoments.from_tensors(by_layer[index]) for index in range(model.num_layers)]
-    tokens = min(layer.num_tokens for layer in layers)
+    tokens = min(layer.num_measured for layer in layers)
     if tokens < LEAST_TOKENS:
         raise ConfigError(
             f"{url} has measured {tokens} tokens so far, {LEAST_TOKENS} are needed: wait for more traffic, or serve with a "

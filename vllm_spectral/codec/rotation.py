@@ -55,6 +55,20 @@ def channel_energy(second_moment: Tensor, basis: Tensor) -> Tensor:
     return ((second_moment @ basis.double()) * basis).sum(-2)
 
 
+def second_moment(basis: Tensor, spectrum: Tensor) -> Tensor:
+    """The second moment with these axes and energies: what :func:`eigenbasis` was given.
+
+    Args:
+        basis: ``[num_heads, head_dim, head_dim]``, basis vectors as columns.
+        spectrum: ``[num_heads, head_dim]``, energy of each rotated channel.
+
+    Returns:
+        ``[num_heads, head_dim, head_dim]`` float64.
+    """
+    axes = basis.double()
+    return (axes * spectrum.double()[:, None]) @ axes.transpose(-1, -2)
+
+
 def _per_head_product(vectors: Tensor, matrices: Tensor) -> Tensor:
     return torch.einsum("...hd,hde->...he", vectors.double(), matrices.double()).float()
 

@@ -24,6 +24,7 @@ class LayerMoments:
         value_sum: ``[num_heads, head_dim]`` float64.
         key_sink, value_sink: ``[num_heads, head_dim]`` float64 sums over the first token of every request.
         num_tokens: tokens in the sums.
+        num_prior: how many of them were not measured but added from an earlier profile.
         num_queries: query vectors per KV head in the sums.
         num_sinks: first tokens in the sums.
     """
@@ -36,6 +37,7 @@ class LayerMoments:
         self.key_sink = torch.zeros_like(self.value_sum)
         self.value_sink = torch.zeros_like(self.value_sum)
         self.num_tokens = 0
+        self.num_prior = 0
         self.num_queries = 0
         self.num_sinks = 0
 
@@ -63,6 +65,11 @@ class LayerMoments:
         self.value_sum += value.double().sum(0)
         self.num_tokens += key.shape[0]
         self.num_queries += query.shape[0]
+
+    @property
+    def num_measured(self) -> int:
+        """Tokens in the sums that were measured."""
+        return self.num_tokens - self.num_prior
 
     def halve(self) -> None:
         """Let what was measured so far count half: for means that follow what is measured."""

@@ -127,11 +127,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(profile: Path, log: Path, *flags: str, port: int = 0) -> Iterator[Server]:
+def serving(
+    profile: Path, log: Path, *flags: str, port: int = 0, environment: dict[str, str] | None = None
+) -> Iterator[Server]:
     """``vllm-spectral serve demo``, as a user starts it."""
     argv = cli("serve", "demo", "--profile", str(profile), "--api-key", "secret", "--max-model-len", "2048")
     argv += ["--kv-cache-memory-bytes", str(POOL_BYTES), *flags]
-    with running(argv, log, port=port) as process:
+    with running(argv, log, environment, port) as process:
         yield Server(process.url, "secret", log, process.process)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_spectral.backend.exact_tier import LARGEST_SHARE, ExactTier, LayerCopies
+from vllm_spectral.backend.exact_tier import ExactTier, LayerCopies
 from vllm_spectral.config import SpectralConfig
 from vllm_spectral.errors import ConfigError
+from vllm_spectral.exact.window import LARGEST_SHARE
 
 LAYERS, HEADS, DIM = 30, 3, 64
 TOKEN = 2 * 2 * LAYERS * HEADS * DIM

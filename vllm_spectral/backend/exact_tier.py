@@ -12,13 +12,10 @@ from vllm_spectral.codec.attention import ExactTokens
 from vllm_spectral.config import SpectralConfig
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.exact.directory import ExactDirectory, StepPlan
-from vllm_spectral.exact.window import ExactWindow, copy_bytes, group_tokens
+from vllm_spectral.exact.window import ExactWindow, copy_bytes, default_pool_bytes, group_tokens
 from vllm_spectral.kernels.layer import Pool
 
 logger = init_logger("vllm.spectral")
-
-LARGEST_SHARE = 24
-"""Without a configured size the tier takes at most this fraction (one over it) of the memory: capacity falls by 4 %."""
 
 
 class ExactTier:
@@ -69,9 +66,7 @@ class ExactTier:
         wanted = config.exact_bytes
         if wanted is None:
             memory = given or _device_memory(vllm_config)
-            # A small cache still gets one request's window, if that leaves most of it to pages.
-            share = max(memory // LARGEST_SHARE, min(least, memory // 4))
-            wanted = min(vllm_config.scheduler_config.max_num_seqs * least, share)
+            wanted = default_pool_bytes(memory, least, vllm_config.scheduler_config.max_num_seqs)
             if wanted < least:
                 logger.warning(
                     "the exact tier gets %d bytes, too few for one request's window (%d): fidelity will be lower; "

@@ -11,6 +11,8 @@ groups waste fewer copies at a window's ends (at 8 a default window of 4 + 63 ta
 need fewer entries to be looked after."""
 COPY_BYTES = 2
 """Copies are bf16."""
+LARGEST_SHARE = 24
+"""Without a configured size the tier takes at most this fraction (one over it) of the memory: capacity falls by 4 %."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +51,15 @@ def group_tokens(block_size: int) -> int:
 def copy_bytes(num_heads: int, head_dim: int) -> int:
     """Bytes of one token's exact key and value in one layer."""
     return 2 * num_heads * head_dim * COPY_BYTES
+
+
+def default_pool_bytes(memory: int, window_bytes: int, max_requests: int) -> int:
+    """Bytes that the pool takes of the cache's memory where nobody says how many.
+
+    Args:
+        memory: bytes given for the cache.
+        window_bytes: what one request's window takes.
+        max_requests: requests that run at once.
+    """
+    # A small cache still gets one request's window, if that leaves most of it to pages.
+    return min(max_requests * window_bytes, max(memory // LARGEST_SHARE, min(window_bytes, memory // 4)))

@@ -44,6 +44,7 @@ _ALTERNATING = ["sliding_attention", "full_attention"]
 EXAMPLES: dict[str, dict[str, Any]] = {
     "SmolLM2-135M-Instruct": _decoder("llama", 30, 9, 3, 576, 8192),
     "Llama-3.1-8B": _decoder("llama", 32, 32, 8, 4096, 131072),
+    "Llama-3.1-70B": _decoder("llama", 80, 64, 8, 8192, 131072),
     "Llama-3.2-1B": _decoder("llama", 16, 32, 8, 2048, 131072, head_dim=64),
     "SmolLM3-3B": _decoder("smollm3", 36, 16, 4, 2048, 65536, layer_types=["full_attention"] * 36, **_NO_WINDOW),
     "Qwen2.5-0.5B": _decoder("qwen2", 24, 14, 2, 896, 32768, sliding_window=32768, **_NO_WINDOW),

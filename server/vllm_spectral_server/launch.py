@@ -19,7 +19,7 @@ from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.schema import Profile
 from vllm_spectral_server.app import build_app
 from vllm_spectral_server.canary import Limits
-from vllm_spectral_server.limits import MAX_HEADER_BYTES, PatientProtocol, RequestLimits, Rules
+from vllm_spectral_server.limits import MAX_HEADER_BYTES, PatientProtocol, RequestLimits, Rules, Stackless
 from vllm_spectral_server.monitor import Monitor
 from vllm_spectral_server.scheduler_view import SchedulerView
 
@@ -161,6 +161,9 @@ async def _run(args: Namespace, name: str, profile: Profile, watch: Watch, rules
         app = await build_app(args, monitor, rules)
         await stack.enter_async_context(monitor.running())
         log_config = get_uvicorn_log_config(args)
+        if not rules.log_stacks:
+            # From here on it is clients that make things fail.
+            Stackless.install()
         shutdown = await serve_http(
             app,
             sock=sock,

@@ -239,13 +239,38 @@ def _failure(error: Exception, log_stacks: bool) -> JSONResponse:
     if log_stacks:
         logger.error("request %s failed", number, exc_info=error)
     else:
-        frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
-        logger.error(
-            "request %s failed: %s in %s, line %d (--log-error-stack logs the whole)",
-            number, type(error).__name__, frame.f_globals.get("__name__", "?"), line,
-        )  # fmt: skip
+        logger.error("request %s failed: %s (--log-error-stack logs the whole)", number, _place(error))
     message = f"the server could not answer this request; its log says more about failure {number}"
     return refusal(500, "Internal Server Error", message)
+
+
+def _place(error: BaseException) -> str:
+    """The kind of an exception and where it was raised, without what it says."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames:
+        return type(error).__name__
+    frame, line = frames[-1]
+    return f"{type(error).__name__} in {frame.f_globals.get('__name__', '?')}, line {line}"
+
+
+class Stackless(logging.Filter):
+    """Has log records name the place of an exception where they would have shown the stack."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Never drops a record."""
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            record.msg, record.args = f"{record.getMessage()} ({_place(error)})", ()
+        record.exc_info = record.exc_text = record.stack_info = None
+        return True
+
+    @classmethod
+    def install(cls) -> None:
+        """On everything that logs in this process: what clients can bring about ends up in the log of vLLM or uvicorn."""
+        for handler in {handler for name in ("", "vllm") for handler in logging.getLogger(name).handlers}:
+            handler.addFilter(cls())
+        # Its handlers are made anew when it starts.
+        logging.getLogger("uvicorn.error").addFilter(cls())
 
 
 def hide_paths(app: FastAPI) -> None:

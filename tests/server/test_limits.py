@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import logging
 import socket
@@ -20,7 +21,7 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel
 from starlette.websockets import WebSocketDisconnect
 from vllm_spectral_server import limits
-from vllm_spectral_server.limits import Gate, PatientProtocol, RequestLimits, Rules, hide_paths
+from vllm_spectral_server.limits import Gate, PatientProtocol, RequestLimits, Rules, Stackless, hide_paths
 
 from vllm_spectral.errors import ConfigError
 
@@ -175,6 +176,26 @@ def test_the_whole_stack_is_logged_to_who_asks(caplog: pytest.LogCaptureFixture)
     response = client(log_stacks=True).get("/v1/fails", headers=KEY)
     assert SECRET in caplog.text and "Traceback" in caplog.text
     assert SECRET not in response.text
+
+
+def test_what_others_log_of_exceptions_is_cut_to_their_place() -> None:
+    """vLLM logs the stacks of some errors that clients cause."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    other = logging.getLogger("vllm")
+    other.addHandler(handler)
+    try:
+        Stackless.install()
+        try:
+            raise RuntimeError(SECRET)
+        except RuntimeError:
+            other.exception("Error in %s", "count_tokens")
+        other.error("plain", stack_info=True)
+    finally:
+        other.removeHandler(handler)
+    assert "Error in count_tokens (RuntimeError in tests.server.test_limits, line " in stream.getvalue()
+    assert stream.getvalue().endswith("plain\n")
+    assert SECRET not in stream.getvalue() and "Traceback" not in stream.getvalue()
 
 
 def test_models_are_not_named_by_their_directories() -> None:

@@ -12,10 +12,10 @@ BITS ?= 4.0
 PROFILE ?= .demo/demo-$(BITS).spectral
 BALANCED := .demo/balanced.spectral
 
-.PHONY: help setup demo serve test check sanitize bench format clean
+.PHONY: help setup demo serve test check image image-test compose-test sanitize bench format clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
 
 setup: $(STAMP) ## make .venv with everything, pinned
 
@@ -52,6 +52,18 @@ check: setup ## ruff, mypy --strict and the import rule
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
+
+# BASE_IMAGE: an image with Python 3.11 to build on. WITH_DEMO_MODEL=1: with the embedded model inside.
+IMAGE_FLAGS := $(if $(BASE_IMAGE),--base $(BASE_IMAGE)) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+
+image: setup ## the CPU server's image, with docker or podman
+	$(BIN)/python -m deploy.image $(IMAGE_FLAGS) $(if $(filter 1,$(WITH_DEMO_MODEL)),--demo-model)
+
+image-test: setup ## build the image, run it without rights, talk to it
+	$(BIN)/python -m deploy.image_test $(IMAGE_FLAGS)
+
+compose-test: setup ## run both compose files for real: dashboards, alerts, routing by prefix
+	$(BIN)/python -m deploy.compose_test $(IMAGE_FLAGS)
 
 sanitize: setup ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DVS_SANITIZE=ON

@@ -1,7 +1,6 @@
 """A container engine, found or installed, and what builds and runs need on a machine that grants little.
 
-docker is used where its engine answers, podman otherwise. The flags for podman are those of a machine without systemd,
-without a bridge network and without the right to raise limits; they do no harm elsewhere.
+docker is used where its engine answers, podman otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from urllib.parse import urlparse
 ROOT = Path(__file__).parents[1]
 STAND_IN = "localhost/vllm-spectral-base:bookworm"
 """What stands in for the official Python image where no image registry is within reach."""
-DEBIAN = ("podman", "runc", "debootstrap")
+DEBIAN = ("podman", "runc", "netavark", "aardvark-dns", "debootstrap")
 _PIP_PATHS = ("find-links", "extra-index-url", "index-url", "constraint", "cert")
 
 
@@ -63,10 +62,8 @@ class Engine:
     def __init__(self, name: str) -> None:
         self.name = name
         self._podman = name == "podman"
-        self._global = ["--cgroup-manager", "cgroupfs"] if self._podman else []
-        limits = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096"]
-        runtime = ["--runtime", "runc"] if shutil.which("runc") else []
-        self._run = ["--network", "host", *(limits + runtime if self._podman else [])]
+        if self._podman and not Path("/run/systemd/system").exists():
+            os.environ["CONTAINERS_CONF"] = str(ROOT / "deploy" / "containers.conf")
 
     def call(self, *argv: str, check: bool = True, show: bool = False) -> str:
         """Run a command of the engine; its standard output.
@@ -79,7 +76,7 @@ class Engine:
         Raises:
             RuntimeError: if it fails; the message holds the end of what it wrote.
         """
-        full = [self.name, *self._global, *argv]
+        full = [self.name, *argv]
         done = subprocess.run(full, check=False, text=True, stdout=None if show else subprocess.PIPE,
                               stderr=None if show else subprocess.PIPE)  # fmt: skip
         if check and done.returncode:
@@ -110,14 +107,55 @@ class Engine:
                 flags += ["--build-arg", f"{name}={value}"]
             self.call("build", *flags, "--file", str(dockerfile), "--tag", tag, str(ROOT), show=verbose)
 
+    def can_pull(self, image: str) -> bool:
+        """Whether an image is here, or could be pulled just now."""
+        if self.has(image):
+            return True
+        try:
+            self.call("pull", "--quiet", image)
+        except RuntimeError:
+            return False
+        return True
+
+    def obtain(self, wanted: str, instead: Path, tag: str) -> str:
+        """A public image where it can be pulled, else one that is built in its place.
+
+        Args:
+            wanted: the public image.
+            instead: Dockerfile of the other, on :data:`STAND_IN`.
+            tag: name of the other.
+
+        Returns:
+            The name of what is there now.
+        """
+        if self.can_pull(wanted):
+            return wanted
+        say(f"{wanted} cannot be pulled: {instead.name} stands in for it")
+        self.build(instead, tag, {"BASE_IMAGE": self.base(wanted)})
+        return tag
+
+    def base(self, wanted: str) -> str:
+        """An image to build on: the wanted one where it can be had, else :data:`STAND_IN`, made from Debian's packages.
+
+        Raises:
+            MissingToolError: if neither can be had.
+        """
+        if self.has(STAND_IN) and not self.has(wanted):
+            return STAND_IN
+        if self.can_pull(wanted):
+            return wanted
+        say(f"{wanted} cannot be pulled: Debian 12 with its Python 3.11, made by debootstrap, stands in for it")
+        _bootstrap(self, wanted)
+        return STAND_IN
+
     def start(self, name: str, flags: Sequence[str], image: str, *argv: str) -> None:
         """Start a container in the background; one of that name that is left over goes first."""
         self.remove(name)
-        self.call("run", "--detach", "--name", name, *self._run, *flags, image, *argv)
+        self.call("run", "--detach", "--name", name, *flags, image, *argv)
 
     def once(self, flags: Sequence[str], image: str, *argv: str) -> str:
         """Run a container to its end; its standard output."""
-        return self.call("run", "--rm", *self._run, *flags, image, *argv)
+        return self.call("run", "--rm", *flags, image, *argv)
 
     def remove(self, name: str) -> None:
         """Remove a container and its anonymous volumes, whatever its state."""
@@ -131,7 +169,7 @@ class Engine:
     def logs(self, name: str) -> str:
         """What a container wrote, both streams."""
         done = subprocess.run(
-            [self.name, *self._global, "logs", name],
+            [self.name, "logs", name],
             check=False,
             text=True,
             stdout=subprocess.PIPE,
@@ -148,28 +186,9 @@ def find_engine() -> Engine:
     """
     if shutil.which("docker") and not subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
         return Engine("docker")
-    if not shutil.which("podman"):
-        install(*DEBIAN, why="no docker engine answers and there is no podman")
+    if not shutil.which("podman") or not shutil.which("runc") or not Path("/usr/lib/podman/netavark").exists():
+        install(*DEBIAN, why="no docker engine answers, and podman is not here or not complete")
     return Engine("podman")
-
-
-def base_image(engine: Engine, wanted: str) -> str:
-    """An image with Python 3.11 to build on: the wanted one where it can be had, else Debian's packages.
-
-    Raises:
-        MissingToolError: if neither can be had.
-    """
-    if engine.has(wanted):
-        return wanted
-    if not engine.has(STAND_IN):
-        try:
-            engine.call("pull", "--quiet", wanted)
-        except RuntimeError:
-            _bootstrap(engine, wanted)
-        else:
-            return wanted
-    say(f"{wanted} cannot be pulled: Debian 12 with its Python 3.11, made by debootstrap, stands in for it")
-    return STAND_IN
 
 
 def _bootstrap(engine: Engine, wanted: str) -> None:

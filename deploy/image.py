@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from deploy.containers import ROOT, Engine, MissingToolError, base_image, find_engine, say
+from deploy.containers import ROOT, Engine, MissingToolError, find_engine, say
 from vllm_spectral import __version__
 
 PYTHON_IMAGE = "python:3.11-slim-bookworm"
@@ -22,14 +22,14 @@ def build(engine: Engine, *, tag: str = TAG, base: str = PYTHON_IMAGE, demo_mode
         engine: what builds.
         tag: name of the image.
         base: what it is built on; for ``cpu`` something else stands in where it cannot be had, see
-            :func:`deploy.containers.base_image`.
+            :meth:`deploy.containers.Engine.base`.
         demo_model: with the embedded model inside.
         kind: ``cpu`` or ``cuda``: which Dockerfile.
         torch_index: where torch's CPU build is found, if pip's own configuration does not say so.
         verbose: show what the engine writes.
     """
     arguments = {
-        "BASE_IMAGE": base_image(engine, base) if kind == "cpu" else base,
+        "BASE_IMAGE": engine.base(base) if kind == "cpu" else base,
         "VERSION": __version__,
         "REVISION": _revision(),
     }

@@ -18,8 +18,9 @@ import httpx
 from openai import OpenAI
 
 from deploy.containers import Engine, MissingToolError, find_engine, say
-from deploy.image import TAG, add_arguments, build
+from deploy.image import add_arguments, build
 
+TAG = "localhost/vllm-spectral:test"
 NAME = "vllm-spectral-image-test"
 KEY = "image-test"
 UID = 12345
@@ -150,12 +151,12 @@ def test(engine: Engine, tag: str, port: int) -> str:
             (Path(folder) / "demo.spectral").stat().st_uid == UID,
             f"calibrated inside in {time.monotonic() - start:.0f} s",
         )
-        variables = ["--env", f"VLLM_API_KEY={KEY}", "--env", f"VLLM_SPECTRAL_READY_URL={url}/ready"]
-        argv = ["serve", "demo", "--profile", "/profiles/demo.spectral", "--host", "127.0.0.1", "--port", str(port)]
+        flags = [*CONFINED, *mount, "--publish", f"127.0.0.1:{port}:8000", "--env", f"VLLM_API_KEY={KEY}"]
+        argv = ["serve", "demo", "--profile", "/profiles/demo.spectral"]
         try:
             engine.start(
                 NAME,
-                [*CONFINED, *mount, *variables],
+                flags,
                 tag,
                 *argv,
                 "--max-model-len",
@@ -185,7 +186,12 @@ def main() -> int:
     try:
         engine = find_engine()
         seconds = build(
-            engine, base=arguments.base, demo_model=True, torch_index=arguments.torch_index, verbose=arguments.verbose
+            engine,
+            tag=TAG,
+            base=arguments.base,
+            demo_model=True,
+            torch_index=arguments.torch_index,
+            verbose=arguments.verbose,
         )
         figures = test(engine, TAG, arguments.port)
     except MissingToolError as error:

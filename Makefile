@@ -11,8 +11,14 @@ PORT ?= 8000
 BITS ?= 4.0
 PROFILE ?= .demo/demo-$(BITS).spectral
 BALANCED := .demo/balanced.spectral
+TOOLS := build/tools
+# Of `make fuzz`: how many files and requests; SEED=1 repeats a run, without it every run is a new one.
+CASES ?= 10000
+SEED ?=
+# Of `make package-test`.
+PYTHONS ?= $(PYTHON)
 
-.PHONY: help setup demo serve test check image image-test compose-test sanitize bench format clean
+.PHONY: help setup demo serve test check image image-test compose-test chart-test parallel-test sanitize fuzz docs audit package-test bench format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
@@ -65,11 +71,38 @@ image-test: setup ## build the image, run it without rights, talk to it
 compose-test: setup ## run both compose files for real: dashboards, alerts, routing by prefix
 	$(BIN)/python -m deploy.compose_test $(IMAGE_FLAGS)
 
+chart-test: setup ## the Helm chart against all its versions of Kubernetes, and its pod run for real
+	$(BIN)/python -m pytest -q tests/deploy/test_chart.py
+	$(BIN)/python -m deploy.chart_test
+
+parallel-test: setup ## serve with two engines, and on three tensor-parallel ranks
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/engine/test_parallel.py
+
 sanitize: setup ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DVS_SANITIZE=ON
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  VLLM_SPECTRAL_KERNELS=build/sanitize $(BIN)/python -m pytest -q tests/kernels
+
+fuzz: setup $(BALANCED) ## hostile profiles, then hostile requests to a real server; CASES of each, a quarter of an hour
+	@status=0; \
+	$(BIN)/python -m tests.fuzz.profiles --cases $(CASES) $(if $(SEED),--seed $(SEED)) || status=1; \
+	$(BIN)/python -m tests.fuzz.server --requests $(CASES) --profile $(BALANCED) $(if $(SEED),--seed $(SEED)) || status=1; \
+	exit $$status
+
+$(TOOLS)/.complete: requirements/tools.lock
+	$(PYTHON) -m venv --clear $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/tools.lock
+	@touch $@
+
+docs: $(TOOLS)/.complete ## the documentation as a site, in build/site
+	$(TOOLS)/bin/mkdocs build --strict --quiet
+
+audit: $(TOOLS)/.complete ## known vulnerabilities of what is pinned; fails if the database cannot be asked
+	$(TOOLS)/bin/pip-audit --strict --no-deps -r requirements/cpu.lock
+
+package-test: $(TOOLS)/.complete ## sdist and wheel, installed and used outside of the checkout, by each of PYTHONS
+	$(TOOLS)/bin/python -m tests.packaging.check --pythons $(PYTHONS) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 bench: setup $(BALANCED) ## kernels and whole engine against stock vLLM, about half an hour
 	$(BIN)/python -m benchmarks.kernels $(BALANCED) --json benchmarks/results/latest-kernels.json

@@ -275,10 +275,10 @@ class Fuzzer:
         self._progress()
 
     @contextlib.contextmanager
-    def idlers(self) -> Iterator[None]:
+    def idlers(self, count: int) -> Iterator[None]:
         """Clients that hold connections; at the end the server must have hung up on every one."""
         held = []
-        for index in range(IDLE):
+        for index in range(count):
             connection = socket.create_connection(self._address, timeout=ASK_SECONDS)
             connection.sendall((b"", b"GET /health HTTP/1.1\r\nHost: x\r\n", b"POST /v1/comple")[index % 3])
             held.append(connection)
@@ -334,9 +334,16 @@ def _check_the_end(fuzzer: Fuzzer, log: str, before: int) -> int:
 
 
 def fuzz(
-    server: ServerProcess, count: int, start: int, progress: Callable[[], None] = lambda: None
+    server: ServerProcess, count: int, start: int, progress: Callable[[], None] = lambda: None, *, idle: bool = True
 ) -> tuple[Findings, int]:
     """Ask a server ``count`` requests or a few more.
+
+    Args:
+        server: running, with the key ``secret``.
+        count: how many.
+        start: the seed.
+        progress: told of every request.
+        idle: hold connections meanwhile, and wait at the end until the server has hung up.
 
     Returns:
         What was found, and by how much the server's memory grew, in bytes.
@@ -349,7 +356,7 @@ def fuzz(
     fuzzer.many(almost_sound, 40)
     before = _resident_bytes(server.process.pid)
     seen = server.log.stat().st_size
-    with fuzzer.idlers():
+    with fuzzer.idlers(IDLE if idle else 0):
         left = count - fuzzer.keyless() if count > 2000 else count
         fuzzer.by_schema(int(left * SHARES["schema"]))
         fuzzer.junk(int(left * SHARES["junk"]))

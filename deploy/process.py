@@ -44,6 +44,14 @@ def command(*argv: str) -> list[str]:
     return [sys.executable, "-m", "vllm_spectral.cli.main", *argv]
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 @contextlib.contextmanager
 def running(
     argv: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, port: int = 0
@@ -59,10 +67,7 @@ def running(
     Raises:
         RuntimeError: if it stops or is not healthy in time; the message holds the end of its log.
     """
-    if not port:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    port = port or free_port()
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [*argv, "--host", "127.0.0.1", "--port", str(port)],

@@ -29,8 +29,8 @@ DRAIN_SECONDS = 30
 """What requests in flight are given when the server is told to stop; vLLM's own default is nothing."""
 _ONE_MACHINE = "a server has all its ranks on one machine; start one on each machine, behind a load balancer"
 REFUSED = {
-    "--api-server-count": "schedulers report to one process, and the others would not know what is in use; for more, start "
-    "several servers behind a load balancer",
+    "--api-server-count": "a scheduler reports each step to just one process, and none would know what is in use; for more, "
+    "start several servers behind a load balancer",
     "--pipeline-parallel-size": "not supported: use --tensor-parallel-size",
     "--headless --data-parallel-external-lb --data-parallel-hybrid-lb --data-parallel-multi-port-external-lb "
     "--data-parallel-rank --data-parallel-start-rank --nnodes": _ONE_MACHINE,

@@ -7,6 +7,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import helm_python as helm
@@ -18,6 +19,7 @@ from vllm_spectral_server.metrics import METRICS, PREFIX
 from deploy.chart import CASES, CHART, VERSIONS, Manifest, notes, render, validate
 from vllm_spectral import __version__
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "kubernetes.md"
 OLDEST, NEWEST = VERSIONS[0], VERSIONS[-1]
 
 
@@ -268,6 +270,24 @@ def test_scaling_asks_for_what_there_is() -> None:
 def test_the_notes_warn() -> None:
     assert "NO API KEY" in notes() and "calibrates again" in notes()
     assert "NO " not in notes(CASES["everything"])
+
+
+def test_the_documentations_values_and_messages_are_the_charts() -> None:
+    text = DOCUMENT.read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        for manifest in render(yaml.safe_load(block)):
+            validate(manifest, NEWEST)
+    messages = re.findall(r"^\| .* \| `(.*)` \|$", text, re.MULTILINE)
+    assert len(messages) >= 4
+    refusals = []
+    for values, _ in WRONG.values():
+        with pytest.raises(helm.HelmError) as refused:
+            render(values)
+        refusals.append(str(refused.value))
+    for message in messages:
+        assert any(message in refusal for refusal in refusals), message
 
 
 def test_rendered_arguments_are_what_the_server_takes() -> None:

@@ -8,7 +8,10 @@ from argparse import Namespace
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from vllm.logger import init_logger
 
 from vllm_spectral.backend.engine import BLOCK_SIZE, cpu_dtype
 from vllm_spectral.backend.scheduler import use_spectral_scheduler
@@ -23,10 +26,13 @@ from vllm_spectral_server.limits import MAX_HEADER_BYTES, PatientProtocol, Reque
 from vllm_spectral_server.monitor import Monitor
 from vllm_spectral_server.scheduler_view import SchedulerView
 
+logger = init_logger("vllm.spectral.launch")
+
 MOST_REQUESTS = 1024
 """Unfinished requests from which on new ones are answered 503; vLLM's own default is any number."""
 DRAIN_SECONDS = 30
 """What requests in flight are given when the server is told to stop; vLLM's own default is nothing."""
+NUMA_NODES = Path("/sys/devices/system/node")
 _ONE_MACHINE = "a server has all its ranks on one machine; start one on each machine, behind a load balancer"
 REFUSED = {
     "--api-server-count": "a scheduler reports each step to just one process, and none would know what is in use; for more, "
@@ -94,6 +100,11 @@ def serve(
             f"one MODEL is served at a time, and it is named first: {args.model_tag or args.model} is extra"
         )
     refuse(args)
+    if shares_cores(args):
+        logger.warning(
+            "by default vLLM binds every data-parallel engine to a memory node of its own, and where there are fewer nodes, "
+            "several to the same cores: name the cores of each rank, VLLM_CPU_OMP_THREADS_BIND='0-7|8-15'"
+        )
     args.additional_config = merge_config(args.additional_config, config)
     args.worker_extension_cls = EXTENSION
     configure_logging_from_args(args)
@@ -120,6 +131,17 @@ def refuse(args: Namespace) -> None:
     size, local = args.data_parallel_size, args.data_parallel_size_local
     if local not in (None, size):
         raise ConfigError(f"--data-parallel-size-local {local} of {size}: {_ONE_MACHINE}")
+
+
+def shares_cores(args: Namespace) -> bool:
+    """Whether vLLM is about to run several data-parallel engines on the same cores of this machine, and says nothing."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    nodes = len(list(NUMA_NODES.glob("node[0-9]*")))
+    automatic = envs.VLLM_CPU_OMP_THREADS_BIND == "auto" and not int(os.environ.get("VLLM_CPU_SIM_MULTI_NUMA", "0"))
+    ranks = args.data_parallel_size * args.tensor_parallel_size
+    return current_platform.is_cpu() and automatic and args.data_parallel_size > 1 and ranks > nodes
 
 
 def default_flags(flags: Sequence[str], name: str) -> list[str]:

@@ -1,11 +1,15 @@
-"""Flags that this server refuses instead of ignoring them."""
+"""Flags that this server refuses instead of ignoring them, and one that it warns of."""
 
 from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm_spectral_server.launch import refuse
+from vllm_spectral_server import launch
+from vllm_spectral_server.launch import refuse, shares_cores
 
 from vllm_spectral.errors import ConfigError
 
@@ -37,3 +41,17 @@ def test_what_is_refused_and_by_which_name(flags: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as refused:
         check(*flags)
     assert flags[-1] in str(refused.value) or flags[-2] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("engines", "nodes", "bind", "shared"),
+    [(2, 1, "auto", True), (2, 2, "auto", False), (1, 1, "auto", False), (2, 1, "0|1", False), (2, 1, "nobind", False)],
+)
+def test_engines_that_would_share_cores(
+    engines: int, nodes: int, bind: str, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for node in range(nodes):
+        (tmp_path / f"node{node}").mkdir()
+    monkeypatch.setattr(launch, "NUMA_NODES", tmp_path)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+    assert shares_cores(Namespace(data_parallel_size=engines, tensor_parallel_size=1)) is shared

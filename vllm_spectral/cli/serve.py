@@ -30,8 +30,9 @@ Serve a model through the OpenAI API from compressed KV pages.
 All other flags are vLLM's own and are passed through: --host, --port, --api-key, --max-model-len,
 --kv-cache-memory-bytes (of each rank), --tensor-parallel-size, --data-parallel-size, ... (see `vllm serve --help=all`).
 Beside vLLM's routes there are GET /v1/kv_cache/memory, fidelity, profile and traffic, GET /ready and the page
-/dashboard. Where a flag is not given, these differ from vLLM's defaults: the model is served under the name MODEL; on the CPU also --enforce-eager (vLLM 0.32
-gives wrong text when it compiles for the CPU), --block-size 32, and --dtype float32 if the CPU has no bf16 arithmetic.
+/dashboard. Where a flag is not given, these differ from vLLM's defaults: the model is served under the name MODEL; on
+the CPU also --enforce-eager (vLLM 0.32 gives wrong text when it compiles for the CPU), --block-size 32, and --dtype
+float32 if the CPU has no bf16 arithmetic.
 {DISABLE_VARIABLE}=1 serves the same model with the stock cache.
 """
 

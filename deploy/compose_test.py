@@ -30,8 +30,8 @@ import httpx
 import yaml
 
 from deploy.containers import ROOT, Engine, MissingToolError, find_engine, install, say
-from deploy.image import add_arguments, build
-from deploy.image_test import TAG, check
+from deploy.image import named_base
+from deploy.image_test import add_test_arguments, built, check
 from deploy.monitoring import COMPOSE, alerts, metrics, panels
 
 KEY = "compose-test"
@@ -263,14 +263,7 @@ def test(engine: Engine, arguments: argparse.Namespace) -> str:
         [sys.executable, "-m", "pytest", "-q", *quick], cwd=ROOT, capture_output=True, text=True, check=False
     )
     check(done.returncode == 0, done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stdout[-3000:])
-    build(
-        engine,
-        tag=TAG,
-        base=arguments.base,
-        demo_model=True,
-        torch_index=arguments.torch_index,
-        verbose=arguments.verbose,
-    )
+    tag, _ = built(engine, arguments)
     services = yaml.safe_load((COMPOSE / "common.yaml").read_text())["services"]
     wanted = {name: services[name]["image"].split(":-")[1].rstrip("}") for name in ("prometheus", "grafana")}
     watcher = engine.obtain(
@@ -280,12 +273,12 @@ def test(engine: Engine, arguments: argparse.Namespace) -> str:
     if not grafana:
         say(f"NOT RUN: Grafana, because {wanted['grafana']} cannot be pulled; its files are checked, its queries asked")
     router = "localhost/vllm-spectral-router"
-    engine.build(
-        COMPOSE / "Dockerfile.router", router, {"BASE_IMAGE": engine.base(arguments.base)}, verbose=arguments.verbose
-    )
+    dockerfile = COMPOSE / "Dockerfile.router"
+    base = engine.base(arguments.base or named_base(dockerfile))
+    engine.build(dockerfile, router, {"BASE_IMAGE": base}, verbose=arguments.verbose)
     ports = {name: arguments.port + i for i, name in enumerate(("PORT", "PROMETHEUS_PORT", "GRAFANA_PORT"))}
     common = {name: str(port) for name, port in ports.items()} | {
-        "VLLM_SPECTRAL_IMAGE": TAG, "PROMETHEUS_IMAGE": watcher, "ROUTER_IMAGE": router, "VLLM_API_KEY": KEY,
+        "VLLM_SPECTRAL_IMAGE": tag, "PROMETHEUS_IMAGE": watcher, "ROUTER_IMAGE": router, "VLLM_API_KEY": KEY,
         "GRAFANA_PASSWORD": KEY, "PRESET": "instant",
     }  # fmt: skip
     small = {"KV_CACHE_BYTES": REPLICA_BYTES, "MAX_MODEL_LEN": "1024", "CPUS_1": "0", "CPUS_2": "1"}
@@ -302,7 +295,7 @@ def test(engine: Engine, arguments: argparse.Namespace) -> str:
 def main() -> int:
     """Test; 0, 1 if something does not hold, 2 if something is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_test_arguments(parser)
     parser.add_argument("--port", type=int, default=18090, help="first of three ports that are used (%(default)s)")
     arguments = parser.parse_args()
     try:

@@ -41,6 +41,20 @@ CONFINED = [
 _LIST = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
 
 
+def add_test_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the tests of an image take."""
+    add_arguments(parser)
+    parser.add_argument("--image", help="test this one, with the embedded model inside, instead of building one")
+
+
+def built(engine: Engine, arguments: argparse.Namespace) -> tuple[str, float]:
+    """The image to test, and the seconds it took to build."""
+    if arguments.image:
+        return arguments.image, 0.0
+    flags = {"base": arguments.base, "torch_index": arguments.torch_index, "verbose": arguments.verbose}
+    return TAG, build(engine, tag=TAG, demo_model=True, **flags)
+
+
 def check(holds: object, what: str) -> None:
     """Say what holds; raise if it does not."""
     if not holds:
@@ -180,27 +194,20 @@ def test(engine: Engine, tag: str, port: int) -> str:
 def main() -> int:
     """Build and test; 0, 1 if something does not hold, 2 if something is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_test_arguments(parser)
     parser.add_argument("--port", type=int, default=18080, help="where the container listens (%(default)s)")
     arguments = parser.parse_args()
     try:
         engine = find_engine()
-        seconds = build(
-            engine,
-            tag=TAG,
-            base=arguments.base,
-            demo_model=True,
-            torch_index=arguments.torch_index,
-            verbose=arguments.verbose,
-        )
-        figures = test(engine, TAG, arguments.port)
+        tag, seconds = built(engine, arguments)
+        figures = test(engine, tag, arguments.port)
     except MissingToolError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except (AssertionError, RuntimeError) as error:
         sys.stderr.write(f"FAILED: {error}\n")
         return 1
-    say(f"image-test: built in {seconds:.0f} s; {figures}")
+    say(f"image-test: {f'built in {seconds:.0f} s; ' if seconds else ''}{figures}")
     return 0
 
 

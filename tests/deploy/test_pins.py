@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements"
 # The head of the file gives the reasons.
-LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton", "setuptools"}
+LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton"}
 
 
 def pins(name: str) -> dict[str, str]:

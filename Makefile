@@ -18,7 +18,7 @@ SEED ?=
 # Of `make package-test`.
 PYTHONS ?= $(PYTHON)
 
-.PHONY: help setup demo serve test check image image-test compose-test chart-test parallel-test sanitize fuzz docs audit package-test bench format clean
+.PHONY: help setup demo serve test check image image-test compose-test chart-test parallel-test sanitize fuzz docs docs-test audit package-test bench format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
@@ -96,7 +96,10 @@ $(TOOLS)/.complete: requirements/tools.lock
 	@touch $@
 
 docs: $(TOOLS)/.complete ## the documentation as a site, in build/site
-	$(TOOLS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/bin/mkdocs build --strict --quiet
+
+docs-test: setup ## run the commands that the README shows, some minutes
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_documented_commands.py
 
 audit: $(TOOLS)/.complete ## known vulnerabilities of what is pinned; fails if the database cannot be asked
 	$(TOOLS)/bin/pip-audit --strict --no-deps -r requirements/cpu.lock

@@ -31,25 +31,28 @@ def traffic_moments(url: str, key: str | None, model: ModelDescription) -> list[
     Raises:
         ConfigError: if there is no such server, it refuses, serves another model, or has seen too little.
     """
-    by_layer: dict[int, dict[str, torch.Tensor]] = {}
     address = url.rstrip("/") + "/v1/kv_cache/moments"
-    data = _fetch(address, key)
+    wanted = LayerMoments(model.num_kv_heads, model.head_dim).to_tensors()
+    # Counts and names take next to nothing; whoever answers with more than twice the sums answers with something else.
+    most = 2 * model.num_layers * sum(t.nbytes for t in wanted.values())
+    data = _fetch(address, key, most)
     try:
         tensors = load(data)
         # Eight bytes of length, then the header with the server's remarks.
         about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         served = ModelFingerprint(**json.loads(about["fingerprint"]))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        by_layer = _by_layer(tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(f"{address} did not answer with moments: {error}") from None
     if different := model.fingerprint().differences(served):
         raise ConfigError(f"{url} serves another model than the one named here: {'; '.join(different)}")
-    for name, tensor in tensors.items():
-        layer, field = name.split(".")
-        by_layer.setdefault(int(layer), {})[field] = tensor
     if sorted(by_layer) != list(range(model.num_layers)):
         raise ConfigError(
             f"{url} measures {len(by_layer)} layers, the model has {model.num_layers}: it exempts the others"
         )
+    for layer, fields in by_layer.items():
+        if not _fits(fields, wanted):
+            raise ConfigError(f"{address} did not answer with moments of this model: layer {layer} has other fields")
     layers = [LayerMoments.from_tensors(by_layer[index]) for index in range(model.num_layers)]
     tokens = min(layer.num_measured for layer in layers)
     if tokens < LEAST_TOKENS:
@@ -60,7 +63,23 @@ def traffic_moments(url: str, key: str | None, model: ModelDescription) -> list[
     return layers
 
 
-def _fetch(address: str, key: str | None) -> bytes:
+def _by_layer(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer, field = name.split(".")
+        found.setdefault(int(layer), {})[field] = tensor
+    return found
+
+
+def _fits(fields: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    """Whether a layer has the fields that it should have, of finite numbers."""
+    return fields.keys() == wanted.keys() and all(
+        (fields[name].dtype, fields[name].shape) == (like.dtype, like.shape) and bool(fields[name].isfinite().all())
+        for name, like in wanted.items()
+    )
+
+
+def _fetch(address: str, key: str | None, most: int) -> bytes:
     if not address.startswith(("http://", "https://")):
         raise ConfigError(
             f"--from-traffic needs the address of a server, such as http://localhost:8000, not {address!r}"
@@ -68,10 +87,12 @@ def _fetch(address: str, key: str | None) -> bytes:
     request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         with urllib.request.build_opener(NoRedirects).open(request, timeout=_SECONDS) as response:
-            data: bytes = response.read()
-            return data
+            data: bytes = response.read(most + 1)
     except urllib.error.HTTPError as error:
         reasons = {401: "it needs --api-key", 404: "it is no vllm-spectral server, or serves the stock cache"}
         raise ConfigError(f"{address} answered {error.code}: {reasons.get(error.code, error.reason)}") from None
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise ConfigError(f"cannot reach {address}: {getattr(error, 'reason', error)}") from None
+    if len(data) > most:
+        raise ConfigError(f"{address} did not answer with moments of this model: it sends more than {most} bytes")
+    return data

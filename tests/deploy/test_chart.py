@@ -6,6 +6,8 @@ import argparse
 import copy
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -265,6 +267,31 @@ def test_scaling_asks_for_what_there_is() -> None:
     assert ours and ours <= {metric.name for metric in METRICS} and PREFIX in cache
     one_trigger = CASES["everything"] | {"autoscaling": CASES["everything"]["autoscaling"] | {"cacheUsage": 0}}
     assert len(one("ScaledObject", one_trigger)["spec"]["triggers"]) == 1
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool: apt-get install prometheus")
+def test_scaling_counts_what_waits_in_all_pods_of_this_release_and_no_other(tmp_path: Path) -> None:
+    """The queries, evaluated by Prometheus over series as a service monitor labels them."""
+    queue, cache = (t["metadata"]["query"] for t in one("ScaledObject", CASES["everything"])["spec"]["triggers"])
+    ours = 'namespace="ns",service="demo-vllm-spectral"'
+    series = {
+        f'vllm:num_requests_waiting{{{ours},pod="a",engine="0"}}': 3,
+        f'vllm:num_requests_waiting{{{ours},pod="a",engine="1"}}': 4,
+        f'vllm:num_requests_waiting{{{ours},pod="b",engine="0"}}': 5,
+        'vllm:num_requests_waiting{namespace="ns",service="another",pod="c",engine="0"}': 100,
+        f'vllm_spectral:used_bytes{{{ours},pod="a"}}': 90,
+        f'vllm_spectral:used_bytes{{{ours},pod="b"}}': 10,
+        f'vllm_spectral:pool_bytes{{{ours},pod="a"}}': 100,
+        f'vllm_spectral:pool_bytes{{{ours},pod="b"}}': 100,
+    }
+    cases = [{"expr": e, "eval_time": "1m", "exp_samples": [{"value": v}]} for e, v in ((queue, 12), (cache, 0.5))]
+    inputs = [{"series": name, "values": f"{value}x5"} for name, value in series.items()]
+    file = tmp_path / "queries.yaml"
+    file.write_text(
+        yaml.safe_dump({"tests": [{"interval": "1m", "input_series": inputs, "promql_expr_test": cases}]})
+    )  # fmt: skip
+    done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_notes_warn() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 MARK = "canary"
 """Prompts hold this word and a number, so that they are found again where they do not belong."""
+TRAP = "http://trap.invalid/"
+"""Stands for the address where whoever asks listens: a server that goes there fetches what clients name."""
 MOST_TOKENS = 2
 GENERATING = {
     "/v1/completions": {"prompt": "", "max_tokens": MOST_TOKENS},
@@ -47,7 +49,7 @@ def _values(draw: random.Random) -> Any:
     text = draw.choice(
         ["", " ", "x" * 3000, "\0", "\ud800", "\u202e", "🙂" * 300, "../../etc/passwd", "/root/.ssh/id_rsa", "file:///etc/passwd",
          "{{ 7*7 }}", "{% for x in range(10**9) %}{% endfor %}", "${jndi:ldap://x}", "'; DROP TABLE", "<|im_end|>", "[" * 500,
-         "demo", "no-such-model", "none", "required", "auto", "json_object", "http://127.0.0.1:1/x.png", "data:image/png;base64,AAAA"]
+         "demo", "no-such-model", "none", "required", "auto", "json_object", TRAP + "x.png", TRAP + "x.json", "data:image/png;base64,AAAA"]
     )  # fmt: skip
     deep: Any = 0
     for _ in range(draw.choice([5, 60])):
@@ -55,9 +57,10 @@ def _values(draw: random.Random) -> Any:
     return draw.choice([
         None, True, False, big, -big, text, [], {}, [big], [text], {text: big}, {text: text}, [[text]], [[1, 2], [3]], [None], deep,
         [text] * 200, list(range(300)), {str(i): i for i in range(200)}, [{"type": "text", "text": text}],
-        [{"role": text, "content": text}], [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": text}}]}],
+        [{"role": text, "content": text}], [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": draw.choice([text, TRAP + "x.png"])}}]}],
+        [{"role": "user", "content": [{"type": kind, kind: {"url": TRAP + kind}} for kind in ("audio_url", "video_url")]}],
         {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": text}}}, {"type": "json_object"},
-        {"regex": draw.choice(["(", "a{1,3}", "(a*)*b", "[" * 50, "\\p{Foo}", "(?=x)", ""])}, {"json": {"$ref": "#"}},
+        {"regex": draw.choice(["(", "a{1,3}", "(a*)*b", "[" * 50, "\\p{Foo}", "(?=x)", ""])}, {"json": {"$ref": draw.choice(["#", TRAP + "schema.json"])}},
         {"choice": [text]}, {"grammar": draw.choice(["root ::= root", "x", "root ::= 'a'", "start: /a/"])},
         {"structural_tag": text}, {"type": "function", "function": {"name": text, "parameters": {"type": "object"}}},
         [{"type": "function", "function": {"name": text, "parameters": {"properties": {text: {"$ref": "#/nowhere"}}}}}],

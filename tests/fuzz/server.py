@@ -37,6 +37,7 @@ from tests.fuzz.hostile_http import (
     GENERATING,
     MARK,
     MOST_TOKENS,
+    TRAP,
     Ask,
     almost_sound,
     junk,
@@ -129,6 +130,17 @@ class Fuzzer:
         self._local = threading.local()
         host, port = server.url.removeprefix("http://").split(":")
         self._address = (host, int(port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.trap = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
+        threading.Thread(target=self._watch_trap, daemon=True).start()
+
+    def _watch_trap(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                with self._listener.accept()[0] as visitor:
+                    visitor.settimeout(2)
+                    with contextlib.suppress(OSError):
+                        self.findings.escape(f"the server fetches what a client names: {visitor.recv(300)!r}")
 
     def _session(self) -> requests.Session:
         if not hasattr(self._local, "session"):
@@ -230,6 +242,9 @@ class Fuzzer:
     def many(self, make: Callable[[random.Random], Ask], count: int) -> None:
         """Requests from several clients at once."""
         asks = [make(self.draw) for _ in range(count)]
+        for ask in asks:
+            if ask.body:
+                ask.body = ask.body.replace(TRAP.encode(), self.trap.encode())
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(self.ask, asks))
 

@@ -17,7 +17,9 @@ import torch
 from tests.fuzz.forgery import Forged, original, original_bytes
 from vllm_spectral.cli.main import main
 from vllm_spectral.errors import ProfileDigestError, ProfileError, ProfileFormatError, ProfileVersionError
+from vllm_spectral.profile.container import brief
 from vllm_spectral.profile.report import plot_profile
+from vllm_spectral.profile.schema import Profile
 from vllm_spectral.profile.storage import load_profile, require_writable, save_profile
 
 
@@ -237,3 +239,10 @@ def test_one_layer_too_few_or_too_many(tmp_path: Path) -> None:
 def test_the_original_is_left_alone() -> None:
     """The fuzzers change copies."""
     assert torch.equal(original().layers[0].key_bits[:, ::2], original().layers[0].key_bits[:, 1::2])
+
+
+def test_names_of_many_texts_are_cut_to_what_is_read_back(profile: Profile, tmp_path: Path) -> None:
+    source = brief(", ".join(f"text-{index}\n.txt" for index in range(2000)))
+    provenance = dataclasses.replace(profile.provenance, text_source=source)
+    save_profile(dataclasses.replace(profile, provenance=provenance), tmp_path / "p.spectral")
+    assert load_profile(tmp_path / "p.spectral").provenance.text_source.startswith("text-0 .txt, text-1 .txt")

@@ -21,6 +21,7 @@ from vllm_spectral.codec.layout import slot_bytes_for
 from vllm_spectral.config import Mode, SpectralConfig
 from vllm_spectral.errors import ConfigError, SpectralError
 from vllm_spectral.models.description import ModelDescription
+from vllm_spectral.profile.container import brief
 from vllm_spectral.profile.schema import BasisKind, LayerProfile, Profile, Provenance
 from vllm_spectral.progress import token_bar
 from vllm_spectral.stats.moments import LayerMoments
@@ -164,7 +165,7 @@ def build(
         provenance=Provenance(
             basis=request.basis,
             requested_bits=request.bits,
-            text_source=source,
+            text_source=brief(source),
             num_tokens=num_tokens,
             seed=request.seed,
             created=datetime.now(UTC).isoformat(timespec="seconds"),

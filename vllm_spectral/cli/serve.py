@@ -78,8 +78,9 @@ def add_parser(commands: Any) -> None:
         help="share of the energy outside the profile's leading channels, likewise (%(default)g)",
     )  # fmt: skip
     access = parser.add_argument_group(
-        "access", "what the server takes from strangers; see docs/security.md. Once there is an --api-key, it is asked for "
-        "everywhere but at /health, /ping, /ready, /metrics, /version, /load, /docs and /dashboard"
+        "access", "what the server takes from strangers; see docs/security.md. Once there is an --api-key, it is asked for\n"
+        "everywhere but where probes, scrapers and browsers read: /health, /ping, /ready, /metrics, /version, /load,\n"
+        "/docs, /openapi.json and /dashboard"
     )  # fmt: skip
     access.add_argument(
         "--protect-all", action="store_true",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from vllm.logger import init_logger
 
 from vllm_spectral.backend.engine import BLOCK_SIZE, cpu_dtype
@@ -215,6 +216,21 @@ async def _run(args: Namespace, name: str, profile: Profile, watch: Watch, rules
         raise SystemExit("the engine has failed: see the log above for the cause")
 
 
+def engine_config(arguments: Any) -> Any:
+    """VLLM's configuration from its ``AsyncEngineArgs``.
+
+    Raises:
+        ConfigError: if vLLM refuses the flags, in its words.
+    """
+    from vllm.usage.usage_lib import UsageContext
+
+    try:
+        return arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    except ValidationError as error:
+        told = [str(each["msg"]).removeprefix("Value error, ") for each in error.errors()]
+        raise ConfigError(f"vLLM refuses these flags: {'; '.join(told)}") from None
+
+
 @asynccontextmanager
 async def _engine(args: Namespace) -> AsyncIterator[tuple[Any, SchedulerView]]:
     """VLLM's engine with our view of the scheduler's statistics attached."""
@@ -224,7 +240,7 @@ async def _engine(args: Namespace) -> AsyncIterator[tuple[Any, SchedulerView]]:
     from vllm_spectral_server.engine import Engine
 
     arguments = AsyncEngineArgs.from_cli_args(args)
-    vllm_config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    vllm_config = engine_config(arguments)
     use_spectral_scheduler(vllm_config)
     view = SchedulerView()
     engine = Engine.from_vllm_config(

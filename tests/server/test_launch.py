@@ -9,9 +9,10 @@ import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_spectral_server import launch
-from vllm_spectral_server.launch import refuse, shares_cores
+from vllm_spectral_server.launch import engine_config, refuse, shares_cores
 
 from vllm_spectral.errors import ConfigError
+from vllm_spectral.models.demo import demo_model
 
 
 def check(*flags: str) -> None:
@@ -55,3 +56,11 @@ def test_engines_that_would_share_cores(
     monkeypatch.setattr(launch, "NUMA_NODES", tmp_path)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
     assert shares_cores(Namespace(data_parallel_size=engines, tensor_parallel_size=1)) is shared
+
+
+def test_what_vllm_refuses_is_said_in_a_line() -> None:
+    """Three KV heads on two ranks; it used to be a traceback."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    with pytest.raises(ConfigError, match=r"attention heads \(9\) must be divisible by tensor parallel size \(2\)"):
+        engine_config(AsyncEngineArgs(str(demo_model(progress=False)), tensor_parallel_size=2))

@@ -272,6 +272,17 @@ class SlotLayout:
         """``[num_heads]`` int64: byte of a group where the value words start."""
         return FIELDS_START + self.num_key_words * VECTOR_BYTES
 
+    def word_places(self) -> tuple[Tensor, Tensor, int]:
+        """Where a kernel that writes word by word puts the payload words of a slot.
+
+        Returns:
+            ``(first, half_step, lane_step)``: byte of a group where word ``i`` of token 0 lies, and what is added for a token
+            of the second half, ``[num_heads, payload_words]`` int64 each; and what is added per token within a half. Key
+            words come first, ``num_key_words`` of them, then all others.
+        """
+        low = self._group_offset[:, :, 2 * SCALE_BYTES :: WORD_BYTES]
+        return low[:, 0], low[:, HALF_TOKENS] - low[:, 0], int(low[0, 1, 0] - low[0, 0, 0])
+
     @property
     def resident_bytes(self) -> int:
         """Bytes of the tables."""

@@ -183,8 +183,16 @@ class Gate:
             return
         except _Refused as refused:
             answer = refused.answer
-        except ClientDisconnect:
-            return
+        except (ClientDisconnect, h11.LocalProtocolError):
+            return  # the client has left, or broke the rules of the body after its headers were right
+        except RecursionError as error:
+            # Python's JSON parser goes no deeper than a thousand.
+            deep = _place(error).startswith("RecursionError in json.")
+            answer = (
+                refusal(400, "Bad Request", "the body is nested too deeply")
+                if deep
+                else _failure(error, rules.log_stacks)
+            )
         except Exception as error:
             answer = body.refused or _failure(error, rules.log_stacks)
         if not started:
@@ -309,6 +317,13 @@ class PatientProtocol(H11Protocol):
             self._stop_clock()
         elif self._late is None and not self.transport.is_closing():
             self._start_clock()
+
+    def handle_events(self) -> None:
+        """A body that breaks the rules when an answer has begun is refused once more by uvicorn, which h11 does not allow."""
+        try:
+            super().handle_events()
+        except h11.LocalProtocolError:
+            self.transport.close()
 
     def _start_clock(self) -> None:
         self._late = self.loop.call_later(HEADER_SECONDS, self._give_up)

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -107,7 +108,12 @@ class Findings:
             self.escape(f"{where}: {status} {text[:300]}")
         if ask.kind == "no key" and status != 401 and not ask.path.startswith(OPEN):
             self.escape(f"{where}: {status} without a key, {ask.headers}")
-        if ask.kind == "no key" and status not in (401, 404, 405) and ask.method == "POST" and ask.path != "/ping":
+        if (
+            ask.kind == "no key"
+            and status not in (401, 404, 405)
+            and ask.method == "POST"
+            and not ask.path.startswith("/ping")
+        ):
             self.escape(f"{where}: {status} without a key, {ask.headers}")
 
 
@@ -402,6 +408,8 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     start = secrets.randbits(32) if arguments.seed is None else arguments.seed
+    # Whoever ends this process ends the server.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

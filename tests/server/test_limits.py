@@ -44,6 +44,10 @@ def application(rules: Rules, root_path: str = "") -> FastAPI:
     async def raw(request: Request) -> int:
         return len(await request.body())
 
+    @app.post("/v1/json")
+    async def parsed(request: Request) -> bool:
+        return bool(await request.json())
+
     @app.get("/v1/fails")
     @app.get("/ready")
     async def fails(request: Request) -> None:
@@ -172,6 +176,14 @@ def test_a_failure_is_a_number_to_the_client_and_a_place_in_the_log(caplog: pyte
         assert SECRET not in text and "Traceback" not in text and "/root" not in text
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/json"])
+def test_a_body_that_is_nested_too_deeply(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    headers = KEY | {"content-type": "application/json"}
+    response = client(most=1 << 20).post(path, content=b"[" * 100_000, headers=headers)
+    assert response.status_code == 400
+    assert not caplog.text
+
+
 def test_the_whole_stack_is_logged_to_who_asks(caplog: pytest.LogCaptureFixture) -> None:
     response = client(log_stacks=True).get("/v1/fails", headers=KEY)
     assert SECRET in caplog.text and "Traceback" in caplog.text
@@ -289,6 +301,15 @@ def test_headers_are_bounded(port: int) -> None:
     ):
         assert b"200 OK" not in converse(port, hostile)
     assert b"200 OK" in converse(port, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+
+
+def test_a_body_that_breaks_the_rules(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The refusal has a body, which the answer to a HEAD may not have: h11 raised, and the event loop logged a stack."""
+    for method in (b"HEAD", b"POST"):
+        start = method + b" /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        assert b" 500 " not in converse(port, start + b"FFFFFFFFFFFFFFFFFFFFFF\r\nx")
+        assert b" 500 " not in converse(port, start, b"nonsense\r\n", pause=0.1)
+    assert "Traceback" not in caplog.text and "LocalProtocolError" not in caplog.text
 
 
 def test_a_stream_that_breaks_ends_without_an_end(port: int, caplog: pytest.LogCaptureFixture) -> None:

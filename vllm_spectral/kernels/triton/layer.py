@@ -23,8 +23,8 @@ from vllm_spectral.kernels.triton.tables import AttendTables, ReadTable, WriteTa
 _STORE_TOKENS = 16
 _STORE_PROGRAMS_PER_PROCESSOR = 4
 _COPY_TILE = 32
-_FEW_PROCESSORS = 8
-"""Where there is no GPU to ask: programs of the interpreter run one after another."""
+_PROCESSORS = 132
+"""Multiprocessors of an H100, to plan for where there is no GPU to ask."""
 _HEAD_SIZE_STEP = 16
 
 Launch = Callable[..., None]
@@ -114,7 +114,7 @@ class TritonLayer:
         self._scratch = scratch or Scratch(device)
         self._tables = layer_tables(codec, device)
         self._processors = (
-            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _FEW_PROCESSORS
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _PROCESSORS
         )
         self._shape = {
             "HEADS": layout.num_heads, "D": layout.head_dim, "DP": power_of_two(layout.head_dim),

@@ -128,7 +128,7 @@ def until(what: str, holds: Any, seconds: float = START_SECONDS) -> float:
     """
     start = time.monotonic()
     while time.monotonic() - start < seconds:
-        with contextlib.suppress(httpx.TransportError):
+        with contextlib.suppress(httpx.HTTPError, ValueError):  # nobody there yet, or something else than an answer
             if holds():
                 return time.monotonic() - start
         time.sleep(1)

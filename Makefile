@@ -15,10 +15,13 @@ TOOLS := build/tools
 # Of `make fuzz`: how many files and requests; SEED=1 repeats a run, without it every run is a new one.
 CASES ?= 10000
 SEED ?=
+# Of `make fault-test`: how long ten times too many clients insist.
+OVERLOAD_SECONDS ?= 60
+LOAD := build/load
 # Of `make package-test`.
 PYTHONS ?= $(PYTHON)
 
-.PHONY: help setup demo serve test check image image-test compose-test chart-test parallel-test sanitize fuzz docs docs-test audit package-test bench format clean
+.PHONY: help setup demo serve test check image image-test compose-test chart-test parallel-test sanitize fuzz fault-test load-test docs docs-test audit package-test bench format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
@@ -73,7 +76,7 @@ compose-test: setup ## run both compose files for real: dashboards, alerts, rout
 
 chart-test: setup ## the Helm chart against all its versions of Kubernetes, and its pod run for real
 	$(BIN)/python -m pytest -q tests/deploy/test_chart.py
-	$(BIN)/python -m deploy.chart_test
+	$(BIN)/python -m deploy.chart_test $(if $(IMAGE),--image $(IMAGE))
 
 parallel-test: setup ## serve with two engines, and on three tensor-parallel ranks
 	$(BIN)/python -m pytest -q -m "slow or not slow" tests/engine/test_parallel.py
@@ -89,6 +92,17 @@ fuzz: setup $(BALANCED) ## hostile profiles, then hostile requests to a real ser
 	$(BIN)/python -m tests.fuzz.profiles --cases $(CASES) $(if $(SEED),--seed $(SEED)) || status=1; \
 	$(BIN)/python -m tests.fuzz.server --requests $(CASES) --profile $(BALANCED) $(if $(SEED),--seed $(SEED)) || status=1; \
 	exit $$status
+
+fault-test: setup ## kill, fill up, overload, confuse a real server: what clients see, what is lost, when it is well again
+	$(BIN)/python -m pytest -q -m slow tests/faults --overload-seconds $(OVERLOAD_SECONDS) --fault-report build/faults.json
+
+$(LOAD)/.complete: requirements/load.lock
+	$(PYTHON) -m venv --clear $(LOAD)
+	$(LOAD)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/load.lock
+	@touch $@
+
+load-test: setup $(LOAD)/.complete $(BALANCED) ## stock vLLM and ours with equal KV bytes under the same clients; half an hour
+	$(BIN)/python -m tests.load.compare $(BALANCED) --locust $(LOAD)/bin/locust --output build/load-report
 
 $(TOOLS)/.complete: requirements/tools.lock
 	$(PYTHON) -m venv --clear $(TOOLS)

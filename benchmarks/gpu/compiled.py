@@ -126,13 +126,17 @@ def compile_call(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any
     return Compiled(kernel.__name__, result.asm["ptx"], result.asm["cubin"], result.metadata.shared)
 
 
-def compile_step(case: Case, tuning: Tuning | None = None, only: str = "") -> Iterator[tuple[Compiled, dict[str, Any]]]:
+def compile_step(
+    case: Case, tuning: Tuning | None = None, only: str = "", bounds: Bounds | None = None, **settings: Any
+) -> Iterator[tuple[Compiled, dict[str, Any]]]:
     """Compile what one step launches: a store, exact copies, and attention.
 
     Args:
         case: the step.
         tuning: how it is cut.
         only: name of the one kernel that is wanted; default: all.
+        bounds: of the step's lengths; default: the case's.
+        settings: of the layer.
 
     Yields:
         Each kernel and the options it was launched with.
@@ -145,7 +149,7 @@ def compile_step(case: Case, tuning: Tuning | None = None, only: str = "") -> It
             done.append((compile_call(kernel, arguments, options), options))
 
     codec = layer_codec(case)
-    layer = TritonLayer(codec, torch.device("cpu"), tuning=tuning, launch=launch)
+    layer = TritonLayer(codec, torch.device("cpu"), tuning=tuning, launch=launch, **settings)
     tokens, dim = case.requests * case.queries, case.head_dim
     query = torch.zeros(tokens, case.query_heads, dim, dtype=torch.bfloat16)
     keys = torch.zeros(tokens, case.heads, dim, dtype=torch.bfloat16)
@@ -158,9 +162,8 @@ def compile_step(case: Case, tuning: Tuning | None = None, only: str = "") -> It
     layer.store(keys, keys, pages, torch.zeros(tokens, dtype=torch.int64))
     layer.keep(keys, keys, pool, exact)
     requests = Requests(table, lengths, lengths[1:], None, exact)
-    layer.attend(
-        query, keys, keys, pages, requests, torch.zeros_like(query), dim**-0.5, Bounds(case.queries, case.context), pool
-    )
+    bounds = bounds or Bounds(case.queries, case.context)
+    layer.attend(query, keys, keys, pages, requests, torch.zeros_like(query), dim**-0.5, bounds, pool)
     yield from done
 
 

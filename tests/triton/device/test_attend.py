@@ -74,10 +74,10 @@ def test_a_plan_for_longer_steps_serves_shorter_ones() -> None:
 
 
 def test_reading_what_the_cpu_wrote_and_the_cpu_what_was_written_here() -> None:
-    step = Step(codec_of(2, 64, 3.0), 3, [90], [1])
+    step = Step(codec_of(1, 64, 3.0), 3, [60], [1])
     close(attend(step, False), step.reference(False), KERNEL_BF16)
-    slots = step.sequences[0].blocks[torch.arange(90) // 32] * 32 + torch.arange(90) % 32
-    others = tokens(90, 5, 2, 64, torch.bfloat16), tokens(90, 6, 2, 64, torch.bfloat16)
+    slots = step.sequences[0].blocks[torch.arange(60) // 32] * 32 + torch.arange(60) % 32
+    others = tokens(60, 5, 1, 64, torch.bfloat16), tokens(60, 6, 1, 64, torch.bfloat16)
     native = step.pages.clone()
     NativeLayer(step.codec).store(*others, native, slots)
     store(step.codec, *others, step.pages, slots)

@@ -120,6 +120,14 @@ def test_a_schema_version_of_another_type(tmp_path: Path, version: Any) -> None:
     refusal(with_header(schema_version=version), tmp_path, ProfileError if version == 2.0 else ProfileVersionError)
 
 
+def test_whole_bits_stay_what_they_were(tmp_path: Path) -> None:
+    """Read as 3.0 and written again, they were another profile with another digest."""
+    path = tmp_path / "whole.spectral"
+    path.write_bytes(with_values(lambda forged: forged.header["provenance"].update(requested_bits=3)))
+    loaded = load_profile(path)
+    assert save_profile(loaded, tmp_path / "again.spectral").digest == loaded.digest
+
+
 def test_deep_json(tmp_path: Path) -> None:
     def deepen(forged: Forged) -> None:
         forged.header_text = '{"schema_version": ' + "[" * 100_000 + "}"

@@ -92,16 +92,17 @@ def load_profile(path: Path) -> Profile:
     stored = raw.pop("digest")
     if _digest(raw, tensors) != stored:
         raise ProfileDigestError(f"{shown} is corrupted or was changed: its content does not match its digest")
+    # As it was written, now that it is checked: a number that was read as another type would be written as another profile.
     profile = Profile(
         name=header.name,
-        fingerprint=ModelFingerprint(**header.fingerprint.model_dump()),
+        fingerprint=ModelFingerprint(**raw["fingerprint"]),
         slot_bytes=header.slot_bytes,
         codebooks=Codebooks(tensors[CODEBOOKS]),
         layers=tuple(
             LayerProfile(**{name: tensors[f"layers.{index}.{name}"] for name in _LAYER_FIELDS})
             for index in range(header.num_layers)
         ),
-        provenance=Provenance(**header.provenance.model_dump()),
+        provenance=Provenance(**raw["provenance"]),
         digest=stored,
     )
     try:

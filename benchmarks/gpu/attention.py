@@ -6,7 +6,8 @@ replays a CUDA graph of its own, sides take turns, and medians are reported:
 
     spectral    one decode step of one layer: queries rotated, pages and exact copies attended to, the result rotated back
     flash       torch's scaled_dot_product_attention on contiguous bf16 keys and values, forced to its FlashAttention
-    flashinfer  FlashInfer's batch decode on bf16 pages, where it is installed
+    flashinfer  FlashInfer's batch decode on bf16 pages, where it can be imported
+    turboquant  vLLM's Triton decode of its 4-bit TurboQuant cache, where vLLM can be imported
     copy        a device-to-device copy of as many bytes as the context takes in spectral pages: the limit
     store       new keys and values compressed into pages
 """
@@ -28,6 +29,7 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.gpu import rivals
 from benchmarks.gpu.cases import Case, layer_codec, vectors
 from vllm_spectral.codec.attention import ExactTokens, paged_attention
 from vllm_spectral.codec.quantizer import LayerCodec
@@ -204,46 +206,6 @@ def timed(sides: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def flash(step: Step) -> Callable[[], object]:
-    """Torch's FlashAttention over contiguous bf16 keys and values of the same contexts."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    case = step.case
-    keys, values = (side.transpose(0, 1)[None].repeat(case.requests, 1, 1, 1) for side in step.context)
-    query = step.query.view(case.requests, case.queries, case.query_heads, case.head_dim).transpose(1, 2)
-
-    def run() -> object:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-
-    return run
-
-
-def flashinfer(step: Step) -> Callable[[], object] | None:
-    """FlashInfer's paged decode, if it is installed."""
-    try:
-        import flashinfer as library
-    except ImportError:
-        return None
-    case, device = step.case, step.query.device
-    table = step.requests.block_table
-    keys, values = (
-        torch.empty(table.numel(), case.block, case.heads, case.head_dim, dtype=torch.bfloat16, device=device)
-        for _ in "kv"
-    )
-    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=device)
-    ends = torch.arange(0, table.numel() + 1, table.shape[1], dtype=torch.int32, device=device)
-    full = torch.full((case.requests,), (case.context - 1) % case.block + 1, dtype=torch.int32, device=device)
-    wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
-        workspace, "NHD", use_cuda_graph=True, use_tensor_cores=True, paged_kv_indptr_buffer=ends.clone(),
-        paged_kv_indices_buffer=table.flatten().clone(), paged_kv_last_page_len_buffer=full.clone(),
-    )  # fmt: skip
-    wrapper.plan(
-        ends, table.flatten(), full, case.query_heads, case.heads, case.head_dim, case.block, q_data_type=torch.bfloat16
-    )
-    return lambda: wrapper.run(step.query, (keys, values))
-
-
 def measure(case: Case, device: torch.device, scratch: Scratch, tuning: Tuning | None) -> dict[str, Any]:
     """Time one case."""
     step = make_step(case, device, scratch, tuning)
@@ -253,21 +215,20 @@ def measure(case: Case, device: torch.device, scratch: Scratch, tuning: Tuning |
     sides: dict[str, Callable[[], object]] = {
         "spectral": lambda: step.attend(output),
         "copy": lambda: target.copy_(source),
-        "flash": flash(step),
         "store": step.store,
+        **rivals.decode_sides(case, step.query, step.context, step.requests),
     }
-    if (other := flashinfer(step)) is not None:
-        sides["flashinfer"] = other
     step.attend(output)  # scratch grows before graphs keep its addresses
     step.store()
     times = timed(sides)
     read = step.pages.numel() / times["spectral"] / 1e6
-    bf16 = min(times[name] for name in ("flash", "flashinfer") if name in times)
+    bf16 = min(times[name] for name in rivals.BF16 if name in times)
     return {
         **asdict(case), "milliseconds": times, "page_bytes": step.pages.numel(), "gigabytes_per_second": read,
         # A copy reads and writes: in the same time twice its bytes cross the memory bus.
         "share_of_copy_bandwidth": read / (2 * step.pages.numel() / times["copy"] / 1e6),
         "times_as_fast_as_bf16": bf16 / times["spectral"],
+        "times_as_fast_as_turboquant": times["turboquant"] / times["spectral"] if "turboquant" in times else None,
     }  # fmt: skip
 
 

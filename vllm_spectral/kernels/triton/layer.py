@@ -16,7 +16,7 @@ from vllm_spectral.codec.quantizer import FALLBACK_GAIN, NUM_SCALES, SCALE_SEARC
 from vllm_spectral.errors import KernelError
 from vllm_spectral.kernels.layer import Exact, Pool, Requests
 from vllm_spectral.kernels.triton.attend import LOG2_E, finish_kernel, pages_kernel, prepare_kernel
-from vllm_spectral.kernels.triton.plan import Plan, Tuning, plan_step
+from vllm_spectral.kernels.triton.plan import SMALLEST_TILE, Plan, Tuning, plan_step
 from vllm_spectral.kernels.triton.store import copy_kernel, store_kernel
 from vllm_spectral.kernels.triton.tables import AttendTables, ReadTable, WriteTable, layer_tables, power_of_two
 
@@ -265,7 +265,8 @@ class TritonLayer:
         if kernel == "copy":
             options["num_warps"] = 1
         if plan is not None:
-            options["num_warps"] = plan.tuning.warps
+            # Sums of many rows fill the registers of twice as many warps.
+            options["num_warps"] = plan.tuning.warps * (2 if plan.rows > SMALLEST_TILE else 1)
             if plan.tuning.registers:
                 options["maxnreg"] = plan.tuning.registers
         return options

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vllm_spectral.codec.layout import GROUP_TOKENS
 from vllm_spectral.kernels.triton.tables import power_of_two
 
-_SMALLEST_TILE = 16
+SMALLEST_TILE = 16
 """Rows of a tensor-core product; fewer are padded."""
 _LARGEST_TILE = 64
 """Rows whose sums still fit the registers."""
@@ -21,7 +21,7 @@ class Tuning:
 
     Attributes:
         groups: groups of 32 tokens per tile.
-        warps: warps per program of the pages kernel.
+        warps: warps per program of the pages kernel whose tile is the smallest, a decode step's; others have twice as many.
         programs_per_processor: shares are cut until each multiprocessor has so many programs.
         least_tiles: a share has at least so many tiles.
         registers: most registers per thread of the pages kernel; 0: the compiler's choice.
@@ -77,7 +77,7 @@ def plan_step(
     """
     tuning = tuning or Tuning()
     most_rows = max(max_queries, 1) * group
-    rows = min(max(power_of_two(most_rows), _SMALLEST_TILE), _LARGEST_TILE)
+    rows = min(max(power_of_two(most_rows), SMALLEST_TILE), _LARGEST_TILE)
     per_request = math.ceil(most_rows / rows)
     dense, sparse = num_requests * per_request, num_tokens * group // rows + num_requests
     tiles = min(dense, sparse)

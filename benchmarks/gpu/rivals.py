@@ -79,5 +79,6 @@ def _turboquant(case: Case, query: Tensor, requests: Requests) -> Callable[[], o
     centroids = torch.linspace(-2, 2, config.n_centroids, device=device)
     return lambda: triton_turboquant_decode_attention(
         query, cache, requests.block_table, requests.context_lens, turn, centroids, case.head_dim**-0.5, config.key_mse_bits,
-        config.key_packed_size, config.effective_value_quant_bits, config.key_fp8, norm_correction=config.norm_correction, PiT=turn,
+        config.key_packed_size, config.effective_value_quant_bits, config.key_fp8,
+        norm_correction=config.norm_correction, PiT=turn,
     )  # fmt: skip

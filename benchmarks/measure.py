@@ -68,8 +68,14 @@ def circumstances() -> dict[str, Any]:
         "machine": f"{os.cpu_count()} x {model}",
         "vector_extensions": sorted(f for f in flags.split() if f.startswith(("avx", "amx"))),
         "commit": commit + ("+" if dirty else ""),
-        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
     }
+
+
+def _module() -> str:
+    """What was started with ``python -m``."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
 
 
 def save(path: Path | None, result: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_spectral.errors import SpectralError, UnsupportedModelError
+from vllm_spectral.models import demo
 from vllm_spectral.models.demo import resolve_model
 from vllm_spectral.models.description import ModelDescription
 
@@ -89,3 +90,22 @@ def test_no_weights(tmp_path: Path) -> None:
 def test_a_model_that_does_not_exist(name: str) -> None:
     with pytest.raises(SpectralError, match="no such model"):
         resolve_model(name)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")]
+)
+def test_a_full_disk_is_said_and_leaves_nothing(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writers of tokenizers and weights raise no OSError."""
+
+    def convert(_source: Path, target: Path, _progress: bool) -> None:
+        (target / "half").write_text("x")
+        raise error
+
+    monkeypatch.setenv("VLLM_SPECTRAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo, "_convert", convert)
+    with pytest.raises(SpectralError, match=r"No space left on device.*VLLM_SPECTRAL_CACHE"):
+        demo.demo_model(progress=False)
+    assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
+from vllm_spectral.backend.orphan import end_with_parent
+
 USED_KEY, CACHED_KEY = "spectral:used_blocks", "spectral:cached_blocks"
 """Where the counts travel: in ``SchedulerStats.num_kv_fetch_reqs_by_stage``, the one field of the statistics that is a
 free table of numbers; who reads the statistics takes them out again."""
@@ -33,6 +35,11 @@ class _Spectral:
     waiting: Any
     _spectral_next = 0.0
     _spectral_counts: tuple[int, int] = (0, 0)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The one thing of ours that lives in the engine's process, and only where a server started it.
+        end_with_parent()
 
     def add_request(self, request: Request) -> None:
         """As vLLM's, but for the canary."""

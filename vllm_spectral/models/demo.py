@@ -72,9 +72,13 @@ def demo_model(*, progress: bool = True) -> Path:
                     staging.rename(target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
+    except Exception as error:
+        # The writers of tokenizers and weights are not Python, and raise no OSError.
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
         raise SpectralError(
-            f"cannot write the converted model below {target.parent} ({error.strerror or error}); "
+            f"cannot write the converted model below {target.parent} ({reason}); "
             "free some space (270 MB) or point VLLM_SPECTRAL_CACHE elsewhere"
         ) from None
     return target

@@ -32,6 +32,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from requests.adapters import HTTPAdapter
+from schemathesis.core.failures import Failure, FailureGroup
 
 from deploy.process import ServerProcess, command, running
 from tests.fuzz.hostile_http import (
@@ -239,7 +240,7 @@ class Fuzzer:
             if operation.path.startswith(OURS):
                 try:
                     case.validate_response(response)
-                except BaseException as error:  # a group of what failed
+                except (FailureGroup, Failure) as error:
                     self.findings.escape(f"{operation.label} does not answer as its schema says: {error}")
 
         with contextlib.suppress(Exception):  # there may be nothing to generate: no parameters to get wrong
@@ -408,8 +409,8 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     start = secrets.randbits(32) if arguments.seed is None else arguments.seed
-    # Whoever ends this process ends the server.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Whoever ends this process ends the server. Hypothesis takes other exceptions for a failing example.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

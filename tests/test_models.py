@@ -109,3 +109,14 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     with pytest.raises(SpectralError, match=r"No space left on device.*VLLM_SPECTRAL_CACHE"):
         demo.demo_model(progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whoever_may_enter_the_cache_may_read_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(_source: Path, target: Path, _progress: bool) -> None:
+        (target / "config.json").write_text("{}")
+        (target / "model.safetensors").touch(0o600)
+
+    monkeypatch.setenv("VLLM_SPECTRAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo, "_convert", convert)
+    made = demo.demo_model(progress=False)
+    assert {oct(file.stat().st_mode & 0o777) for file in made.iterdir()} == {"0o644"}

@@ -66,6 +66,8 @@ def demo_model(*, progress: bool = True) -> Path:
         try:
             _convert(source, staging, progress)
             staging.chmod(0o755)
+            for file in staging.iterdir():
+                file.chmod(0o644)  # the writer of weights leaves them to their owner alone
             # Another process may have finished first; its result is the same.
             with contextlib.suppress(FileExistsError):
                 if not target.exists():

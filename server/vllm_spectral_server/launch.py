@@ -114,7 +114,7 @@ def serve(
         )
     args.additional_config = merge_config(args.additional_config, config)
     args.worker_extension_cls = EXTENSION
-    if args.enforce_eager and current_platform.is_cpu():
+    if args.enforce_eager:
         # Even then vLLM compiles a few functions when they are first used, log-probabilities among them, and where there is
         # no compiler the first canary would end the engine. The processes of the engine read this when they start.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -29,7 +29,7 @@ from typing import Any
 import httpx
 import yaml
 
-from deploy.containers import ROOT, Engine, MissingToolError, find_engine, install, say
+from deploy.containers import ROOT, Engine, concluded, find_engine, install, say
 from deploy.image import named_base
 from deploy.image_test import add_test_arguments, built, check
 from deploy.monitoring import COMPOSE, alerts, metrics, panels
@@ -303,18 +303,13 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=18090, help="first of three ports that are used (%(default)s)")
     parser.add_argument("--only", choices=("compose", "replicas"), help="run one of the two files")
     arguments = parser.parse_args()
-    try:
+
+    def work() -> str:
         if not (Path("/usr/bin/promtool").exists()):
             install("prometheus", why="promtool is missing")
-        figures = test(find_engine(), arguments)
-    except MissingToolError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except (AssertionError, RuntimeError) as error:
-        sys.stderr.write(f"FAILED: {error}\n")
-        return 1
-    say(f"compose-test: {figures}")
-    return 0
+        return f"compose-test: {test(find_engine(), arguments)}"
+
+    return concluded(work)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,19 @@ class MissingToolError(RuntimeError):
 def say(text: str) -> None:
     """One line of progress, at once."""
     print(f"-- {text}", flush=True)
+
+
+def concluded(work: Callable[[], str]) -> int:
+    """Do a command's work and say its figures; the exit code: 0, 1 if something does not hold, 2 if something is missing."""
+    try:
+        say(work())
+    except MissingToolError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except (AssertionError, RuntimeError) as error:
+        sys.stderr.write(f"FAILED: {error}\n")
+        return 1
+    return 0
 
 
 def install(*packages: str, why: str) -> None:

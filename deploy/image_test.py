@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 from openai import OpenAI
 
-from deploy.containers import Engine, MissingToolError, find_engine, say
+from deploy.containers import Engine, concluded, find_engine, say
 from deploy.image import add_arguments, build
 
 TAG = "localhost/vllm-spectral:test"
@@ -194,18 +194,14 @@ def main() -> int:
     add_test_arguments(parser)
     parser.add_argument("--port", type=int, default=18080, help="where the container listens (%(default)s)")
     arguments = parser.parse_args()
-    try:
+
+    def work() -> str:
         engine = find_engine()
         tag, seconds = built(engine, arguments)
         figures = test(engine, tag, arguments.port)
-    except MissingToolError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except (AssertionError, RuntimeError) as error:
-        sys.stderr.write(f"FAILED: {error}\n")
-        return 1
-    say(f"image-test: {f'built in {seconds:.0f} s; ' if seconds else ''}{figures}")
-    return 0
+        return f"image-test: {f'built in {seconds:.0f} s; ' if seconds else ''}{figures}"
+
+    return concluded(work)
 
 
 if __name__ == "__main__":

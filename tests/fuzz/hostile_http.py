@@ -26,6 +26,7 @@ GENERATING = {
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": ""}]},
     "/generative_scoring": {"query": "", "items": ["a", "b"], "label_token_ids": [1, 2]},
 }
+BATCH = "/v1/chat/completions/batch"
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
 COUNTS = ("n", "best_of")
 
@@ -84,6 +85,17 @@ def tamed(body: Any) -> Any:
     return body
 
 
+def brief(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """A body that says how much may be generated, for a route that would otherwise go on to the end of the context."""
+    if path == BATCH or "max_tokens" in GENERATING.get(path, {}):
+        length = "max_tokens"
+    elif "max_output_tokens" in GENERATING.get(path, {}):
+        length = "max_output_tokens"
+    else:
+        return body
+    return body | ({length: MOST_TOKENS} if body.get(length) is None else {})
+
+
 @dataclass
 class Ask:
     """One request.
@@ -114,17 +126,12 @@ def almost_sound(draw: random.Random) -> Ask:
         body[draw.choice(FIELDS)] = _values(draw)
     if draw.random() < 0.05:
         body.pop(draw.choice(list(body)))
-    if path not in ("/tokenize", "/detokenize", "/v1/messages/count_tokens", "/generative_scoring"):
-        length = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
-        body.setdefault(length, MOST_TOKENS)
-        if body[length] is None:
-            body[length] = MOST_TOKENS
-    return Ask("POST", path, json.dumps(tamed(body)).encode(), {"content-type": "application/json"}, mark)
+    return Ask("POST", path, json.dumps(brief(path, tamed(body))).encode(), {"content-type": "application/json"}, mark)
 
 
 def odd_body(draw: random.Random) -> Ask:
     """A body that is no JSON, or not of its type, or large, or deep."""
-    path = draw.choice([*GENERATING, "/v1/chat/completions/batch", "/v1/kv_cache/memory", "/v1/nothing", "/metrics"])
+    path = draw.choice([*GENERATING, BATCH, "/v1/kv_cache/memory", "/v1/nothing", "/metrics"])
     small = draw.random() < 0.9
     body = draw.choice([
         b"", b"{", b"null", b"[]", b'"x"', b"0", b"\xff\xfe\xfd", b"\0" * 100, b'{"prompt": "\xff\xfe"}', b"NaN",

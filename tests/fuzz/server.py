@@ -36,12 +36,13 @@ from schemathesis.core.failures import Failure, FailureGroup
 
 from deploy.process import ServerProcess, command, running
 from tests.fuzz.hostile_http import (
+    BATCH,
     GENERATING,
     MARK,
-    MOST_TOKENS,
     TRAP,
     Ask,
     almost_sound,
+    brief,
     junk,
     odd_body,
     tamed,
@@ -194,7 +195,7 @@ class Fuzzer:
                 continue
             most = max(count // (2 * len(wordy)), 1) if operation in wordy else 1
             # Nested messages take schemathesis a third of a second each.
-            most = max(most // 8, 1) if operation.path.endswith("/batch") else most
+            most = max(most // 8, 1) if operation.path == BATCH else most
             for mode in schemathesis.GenerationMode:
                 if operation in wordy or mode is schemathesis.GenerationMode.POSITIVE:
                     self._operation(operation, mode, most)
@@ -211,10 +212,9 @@ class Fuzzer:
         @given(operation.as_strategy(generation_mode=mode))
         def asked(case: Any) -> None:
             case.body = tamed(case.body)
-            if isinstance(case.body, dict) and operation.path in GENERATING:
-                for name in set(GENERATING[operation.path]) & {"max_tokens", "max_output_tokens"}:
-                    case.body.setdefault(name, MOST_TOKENS)
-                if case.body.get("model") is not None:
+            if isinstance(case.body, dict):
+                case.body = brief(operation.path, case.body)
+                if operation.path in GENERATING and case.body.get("model") is not None:
                     case.body["model"] = "demo"
             begin = time.monotonic()
             body = str(case.body).encode("utf-8", "replace")

@@ -22,7 +22,8 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from benchmarks.measure import interleaved, ratios, save, spread
 from vllm_spectral.codec.attention import paged_attention
-from vllm_spectral.kernels.layer import NativeLayer, Requests
+from vllm_spectral.kernels.interface import Requests
+from vllm_spectral.kernels.layer import NativeLayer
 from vllm_spectral.kernels.library import ISA_VARIABLE, isas, library
 from vllm_spectral.profile.schema import LayerProfile, Profile
 from vllm_spectral.profile.storage import load_profile

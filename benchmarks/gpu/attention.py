@@ -33,8 +33,8 @@ from benchmarks.gpu import rivals
 from benchmarks.gpu.cases import Case, layer_codec, vectors
 from vllm_spectral.codec.attention import ExactTokens, paged_attention
 from vllm_spectral.codec.quantizer import LayerCodec
-from vllm_spectral.kernels.layer import Exact, Pool, Requests
-from vllm_spectral.kernels.triton.layer import Bounds, Scratch, TritonLayer
+from vllm_spectral.kernels.interface import Bounds, Exact, Pool, Requests
+from vllm_spectral.kernels.triton.layer import Scratch, TritonLayer
 from vllm_spectral.kernels.triton.plan import Tuning
 
 FIRST, RECENT, COPY_GROUP = 4, 64, 8
@@ -65,7 +65,6 @@ class Step:
 
     def attend(self, output: Tensor) -> None:
         """The step of one layer without its store."""
-        bounds = Bounds(self.case.queries, self.case.context)
         self.layer.attend(
             self.query,
             self.keys,
@@ -74,7 +73,6 @@ class Step:
             self.requests,
             output,
             self.case.head_dim**-0.5,
-            bounds,
             self.pool,
         )
 
@@ -122,10 +120,8 @@ def make_step(case: Case, device: torch.device, scratch: Scratch, tuning: Tuning
     own = [side[before:].repeat(case.requests, 1, 1) for side in context]
     last = torch.arange(before, case.context, device=device)
     slots = (table.long()[:, last // case.block] * case.block + last % case.block).flatten()
-    return Step(
-        case, codec, layer, query.bfloat16(), own[0], own[1], pages, Requests(table, starts, lengths, None, exact), pool,
-        slots, context,
-    )  # fmt: skip
+    requests = Requests(table, starts, lengths, None, exact, Bounds(case.queries, case.context))
+    return Step(case, codec, layer, query.bfloat16(), own[0], own[1], pages, requests, pool, slots, context)
 
 
 def check(case: Case, device: torch.device, tuning: Tuning | None = None) -> float:

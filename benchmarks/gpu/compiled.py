@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.gpu.cases import Case, layer_codec
-from vllm_spectral.kernels.layer import Exact, Pool, Requests
-from vllm_spectral.kernels.triton.layer import Bounds, TritonLayer
+from vllm_spectral.kernels.interface import Bounds, Exact, Pool, Requests
+from vllm_spectral.kernels.triton.layer import TritonLayer
 from vllm_spectral.kernels.triton.plan import Tuning
 
 CAPABILITY = 90
@@ -114,11 +114,11 @@ def compile_call(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
-        elif value == 1:
+        elif value == 1 and not parameter.do_not_specialize:
             signature[parameter.name], constants[(index,)] = "constexpr", 1
         else:
             signature[parameter.name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     settings = {k: v for k, v in options.items() if k not in kernel.arg_names}
@@ -136,7 +136,7 @@ def compile_step(
         tuning: how it is cut.
         only: name of the one kernel that is wanted; default: all.
         bounds: of the step's lengths; default: the case's.
-        settings: of the layer.
+        settings: of the call.
 
     Yields:
         Each kernel and the options it was launched with.
@@ -149,7 +149,7 @@ def compile_step(
             done.append((compile_call(kernel, arguments, options), options))
 
     codec = layer_codec(case)
-    layer = TritonLayer(codec, torch.device("cpu"), tuning=tuning, launch=launch, **settings)
+    layer = TritonLayer(codec, torch.device("cpu"), tuning=tuning, launch=launch)
     tokens, dim = case.requests * case.queries, case.head_dim
     query = torch.zeros(tokens, case.query_heads, dim, dtype=torch.bfloat16)
     keys = torch.zeros(tokens, case.heads, dim, dtype=torch.bfloat16)
@@ -159,11 +159,9 @@ def compile_step(
     exact = Exact(torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens, dtype=torch.int64), rows, 4, 64)
     table = torch.zeros(case.requests, -(-case.context // case.block), dtype=torch.int32)
     lengths = torch.zeros(case.requests + 1, dtype=torch.int32)
-    layer.store(keys, keys, pages, torch.zeros(tokens, dtype=torch.int64))
-    layer.keep(keys, keys, pool, exact)
-    requests = Requests(table, lengths, lengths[1:], None, exact)
-    bounds = bounds or Bounds(case.queries, case.context)
-    layer.attend(query, keys, keys, pages, requests, torch.zeros_like(query), dim**-0.5, bounds, pool)
+    slots = torch.zeros(tokens, dtype=torch.int64)
+    requests = Requests(table, lengths, lengths[1:], slots, exact, bounds or Bounds(case.queries, case.context))
+    layer.attend(query, keys, keys, pages, requests, torch.zeros_like(query), dim**-0.5, pool, **settings)
     yield from done
 
 

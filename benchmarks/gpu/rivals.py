@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.cases import Case
-from vllm_spectral.kernels.layer import Requests
+from vllm_spectral.kernels.interface import Requests
 
 BF16 = ("flash", "flashinfer")
 """Those that read bf16: the fastest of them is what a compressed cache has to beat."""

@@ -36,6 +36,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         "preemptions": metrics["vllm:num_preemptions"],
         "drafted": metrics.get("vllm:spec_decode_num_draft_tokens"),
         "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens"),
+        "kernels": llm.collective_rpc("spectral_memory")[0]["kernels"] if spectral else None,
         "exact": llm.collective_rpc("spectral_exact_counters")[0] if spectral else None,
     }
     llm.llm_engine.engine_core.shutdown()

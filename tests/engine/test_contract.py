@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from tests.conftest import DIM, correlated
+from tests.conftest import DIM
 from tests.engine.conftest import POOL_BYTES
+from tests.engine.tiny import make_tiny
 from vllm_spectral.backend.engine import cpu_dtype
-from vllm_spectral.calibration.allocate import spectral_layer
-from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
-from vllm_spectral.models.description import ModelDescription
-from vllm_spectral.profile.schema import Profile, Provenance
-from vllm_spectral.profile.storage import save_profile
-from vllm_spectral.stats.moments import LayerMoments
 
 RunEngine = Callable[..., dict[str, Any]]
 SHORT = "The three most important inventions of the nineteenth century were"
@@ -186,40 +178,7 @@ def test_exempt_layers_keep_stock_pages(run_engine: RunEngine, spectral: dict[st
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny random Llama and a profile whose heads all differ, so that a rank with the wrong heads is seen."""
     directory = tmp_path_factory.mktemp("tiny")
-    hidden, heads, layers, inner, vocab = 256, 4, 2, 512, 512
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": DIM,
-        "vocab_size": vocab, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(0)
-
-    def weight(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * (2.0 / shape[-1]) ** 0.5
-
-    tensors = {"model.embed_tokens.weight": weight(vocab, hidden) * 16, "lm_head.weight": weight(vocab, hidden)}
-    tensors["model.norm.weight"] = torch.ones(hidden)
-    for index in range(layers):
-        prefix = f"model.layers.{index}."
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            tensors[f"{prefix}self_attn.{name}.weight"] = weight(hidden, hidden)
-        tensors[f"{prefix}mlp.gate_proj.weight"] = weight(inner, hidden)
-        tensors[f"{prefix}mlp.up_proj.weight"] = weight(inner, hidden)
-        tensors[f"{prefix}mlp.down_proj.weight"] = weight(hidden, inner)
-        tensors[f"{prefix}input_layernorm.weight"] = torch.ones(hidden)
-        tensors[f"{prefix}post_attention_layernorm.weight"] = torch.ones(hidden)
-    save_file(tensors, directory / "model.safetensors")
-    moments = LayerMoments(heads, DIM)
-    vectors = correlated(3000, seed=0, heads=heads)
-    moments.add(torch.randn(3000, heads, DIM, generator=generator), vectors, vectors, torch.arange(3000))
-    profile = Profile(
-        "tiny", ModelDescription.from_directory(directory).fingerprint(), 128, Codebooks(normal_codebooks()),
-        tuple(spectral_layer(moments, 128) for _ in range(layers)), Provenance("spectral", 8.0, "", 3000, 0, "", {}),
-    )  # fmt: skip
-    save_profile(profile, directory / "tiny.spectral")
-    return directory, directory / "tiny.spectral"
+    return directory, make_tiny(directory, heads=4, kv_heads=4, slot_bytes=128)
 
 
 def test_tensor_parallel_ranks_take_their_own_heads(run_engine: RunEngine, tiny: tuple[Path, Path]) -> None:

@@ -39,7 +39,7 @@ def test_a_configured_size_is_taken_out_of_the_memory_given() -> None:
     assert tier.num_bytes == 10 * REQUEST
     assert tier.requests == 10
     assert config.cache_config.kv_cache_memory_bytes == (1 << 30) - 10 * REQUEST
-    copies = LayerCopies(tier, HEADS, DIM)
+    copies = LayerCopies(tier, HEADS, DIM, torch.device("cpu"))
     assert copies.resident_bytes * LAYERS == tier.num_bytes
 
 
@@ -93,7 +93,7 @@ def test_a_copy_is_the_same_for_its_own_step_and_for_later_ones() -> None:
     """Also where the model runs in float32: both go through the pool's dtype."""
     tier = reserve(vllm(1 << 30), exact_bytes=2 * REQUEST)
     assert tier is not None
-    copies = LayerCopies(tier, HEADS, DIM)
+    copies = LayerCopies(tier, HEADS, DIM, torch.device("cpu"))
     keys, values = torch.randn(2, 20, HEADS, DIM)
     blocks, slots = torch.tensor([[1, 2]]).numpy(), torch.arange(32, 52).numpy()
     plan = tier.directory.step(blocks, torch.tensor([20]).numpy(), torch.tensor([20]).numpy(), slots)

@@ -36,7 +36,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from tests.fuzz.forgery import DIM, HEADS, forged_files, original, original_bytes
 from vllm_spectral.cli.main import main as command
 from vllm_spectral.errors import ProfileError
-from vllm_spectral.kernels.layer import NativeLayer, Requests
+from vllm_spectral.kernels.interface import Requests
+from vllm_spectral.kernels.layer import NativeLayer
 from vllm_spectral.profile.schema import Profile
 from vllm_spectral.profile.storage import load_profile, save_profile
 

@@ -14,7 +14,8 @@ from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
 from vllm_spectral.codec.layout import slot_bytes_for
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.codec.rotation import unrotate
-from vllm_spectral.kernels.layer import Exact, NativeLayer, Pool, Requests
+from vllm_spectral.kernels.interface import Exact, Pool, Requests
+from vllm_spectral.kernels.layer import NativeLayer
 from vllm_spectral.kernels.library import ISA_VARIABLE, Library, isas, library
 from vllm_spectral.profile.schema import LayerProfile
 from vllm_spectral.stats.moments import LayerMoments

@@ -14,7 +14,8 @@ from tests.kernels.conftest import ISAS, kernels
 from vllm_spectral.codec.codebook import MAX_BITS, Codebooks, normal_codebooks
 from vllm_spectral.codec.layout import key_words, slot_bytes_for, value_words
 from vllm_spectral.codec.rotation import hadamard_basis
-from vllm_spectral.kernels.layer import NativeLayer, Requests
+from vllm_spectral.kernels.interface import Requests
+from vllm_spectral.kernels.layer import NativeLayer
 from vllm_spectral.profile.schema import LayerProfile
 from vllm_spectral.profile.soundness import LARGEST
 

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.compiled import Compiled, compile_step
-from vllm_spectral.kernels.triton.layer import Bounds
+from vllm_spectral.kernels.interface import Bounds
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"

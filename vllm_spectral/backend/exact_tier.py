@@ -13,7 +13,7 @@ from vllm_spectral.config import SpectralConfig
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.exact.directory import ExactDirectory, StepPlan
 from vllm_spectral.exact.window import ExactWindow, copy_bytes, default_pool_bytes, group_tokens
-from vllm_spectral.kernels.layer import Pool
+from vllm_spectral.kernels.interface import Pool
 
 logger = init_logger("vllm.spectral")
 
@@ -87,6 +87,19 @@ class ExactTier:
         )  # fmt: skip
         return tier
 
+    def start(self, block_size: int) -> None:
+        """Begin anew with an empty pool: vLLM settles the block size after loading, and may have tried steps out before.
+
+        Raises:
+            ConfigError: if groups of tokens would have another size than was reserved for.
+        """
+        old = self.directory
+        if group_tokens(block_size) != old.group_tokens:
+            raise ConfigError(
+                f"the exact tier needs blocks of a multiple of {old.group_tokens} tokens, not {block_size}"
+            )
+        self.directory = ExactDirectory(old.window, old.num_entries, block_size)
+
     @property
     def requests(self) -> int:
         """Requests whose whole windows the pool holds."""
@@ -99,14 +112,15 @@ class LayerCopies:
     Args:
         tier: the worker's tier.
         num_heads, head_dim: the layer's shape on this rank.
+        device: where its pages are.
     """
 
-    def __init__(self, tier: ExactTier, num_heads: int, head_dim: int) -> None:
+    def __init__(self, tier: ExactTier, num_heads: int, head_dim: int, device: torch.device) -> None:
         self.tier = tier
         # A group's tokens lie together for each head: what one unit of work reads.
         shape = (tier.directory.num_entries, num_heads, tier.directory.group_tokens, head_dim)
         # Filled, not only reserved: untouched memory would not be resident, and vLLM would not see it as used.
-        self.keys, self.values = torch.empty(2, *shape, dtype=torch.bfloat16).fill_(0.0)
+        self.keys, self.values = torch.empty(2, *shape, dtype=torch.bfloat16, device=device).fill_(0.0)
         self.pool = Pool(self.keys, self.values)
 
     @property

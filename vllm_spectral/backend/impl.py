@@ -1,11 +1,11 @@
-"""The attention implementation that stores compressed pages and attends over them."""
+"""The attention implementation that stores compressed pages and attends over them, on every device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,20 +14,21 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_spectral.backend.exact_tier import ExactTier, LayerCopies
 from vllm_spectral.backend.layers import layer_of, requests_of, require_supported
 from vllm_spectral.backend.metadata import SpectralMetadata, SpectralMetadataBuilder
 from vllm_spectral.backend.observer import LayerObserver, Observer
-from vllm_spectral.backend.selection import SpectralCPUBackend
 from vllm_spectral.codec.attention import exact_attention, paged_attention
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.config import SpectralConfig, parse_config
 from vllm_spectral.errors import ConfigError, ProfileDigestError
-from vllm_spectral.kernels.layer import NativeLayer
-from vllm_spectral.kernels.library import REFERENCE, chosen
+from vllm_spectral.kernels.choice import layer_kernels
+from vllm_spectral.kernels.interface import LayerKernels
+from vllm_spectral.kernels.library import REFERENCE
 from vllm_spectral.models.demo import resolve_model
 from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.schema import Profile
@@ -36,6 +37,11 @@ from vllm_spectral.profile.storage import load_profile, require_model
 logger = init_logger("vllm.spectral")
 _DRAFTLESS = ("ngram", "suffix")
 """Methods of speculation that need no second model."""
+_HOST = torch.device("cpu")
+UNSEEN = (
+    "on a GPU, live steps are not sampled: there are no figures of fidelity and drift, and no moments to calibrate from; "
+    "/ready goes by what the canary's predictions say"
+)
 
 
 @lru_cache(maxsize=1)
@@ -73,10 +79,10 @@ def _refuse_draft_models(vllm_config: VllmConfig) -> None:
 
 
 @cache
-def _paged_backend(slot_bytes: int) -> type[SpectralCPUBackend]:
+def _paged_backend(base: Any, slot_bytes: int) -> type[AttentionBackend]:
     """The backend class of layers with this slot size. vLLM groups layers by class name, so the name must be unique."""
 
-    class Paged(SpectralCPUBackend):
+    class Paged(base):
         # One call per layer and step: the kernels store the step's tokens, then attend.
         forward_includes_kv_cache_update = True
 
@@ -89,19 +95,24 @@ def _paged_backend(slot_bytes: int) -> type[SpectralCPUBackend]:
             # uint8 makes the bound cache tensor [num_blocks, num_kv_heads, block_size, slot_bytes].
             return replace(spec, state_content_bytes=slot_bytes, dtype=torch.uint8)
 
-    Paged.__name__ = Paged.__qualname__ = f"SpectralCPUBackend{slot_bytes}"
+    Paged.__name__ = Paged.__qualname__ = f"{base.__name__}{slot_bytes}"
     return Paged
 
 
-class SpectralImpl(CPUAttentionBackendImpl):
-    """Attention over compressed pages; stock attention for exempt layers.
+class SpectralImpl(AttentionImpl):
+    """Attention over compressed pages; the platform's own for exempt layers. To be mixed into that.
 
     Attributes:
-        codec: the layer's codec, or None if the layer is exempt.
+        own: the backend class that the platform names to vLLM; compressed layers get subclasses of it.
+        dense: the platform's own backend class, for exempt layers.
+        codec: the layer's codec, or None if the layer is exempt; on the CPU, wherever the pages are.
         copies: the layer's part of the exact tier, or None without one.
-        native: the layer's kernels, or None where the torch reference was asked for.
+        kernels: the layer's kernels, or None where the torch reference was asked for.
         seen: the layer's observer, or None if the layer is exempt.
     """
+
+    own: ClassVar[Any]
+    dense: ClassVar[Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -110,31 +121,37 @@ class SpectralImpl(CPUAttentionBackendImpl):
         assert config is not None  # SpectralCPUBackend chose this class because of it
         self._config = config
         _refuse_draft_models(self._vllm_config)
-        self._profile = _load_once(config, self._vllm_config.model_config.model)
+        # VLLM builds the model with its device as torch's default; a profile is read where its digest is computed.
+        with _HOST:
+            self._profile = _load_once(config, self._vllm_config.model_config.model)
         self.codec: LayerCodec | None = None
         self.copies: LayerCopies | None = None
-        self.native: NativeLayer | None = None
+        self.kernels: LayerKernels | None = None
         self.seen: LayerObserver | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take this layer's part of the profile and announce its slot size to vLLM."""
         super().process_weights_after_loading(act_dtype)
+        with _HOST:
+            self._take_part(torch.device(current_platform.device_type))
+
+    def _take_part(self, device: torch.device) -> None:
         name, index, layer = layer_of(self, self._vllm_config)
         profile = self._profile
         if index in self._config.exempt_layers:
             logger.info("layer %s is exempt: stock pages", name)
+            layer.attn_backend = self.dense
             return
         require_supported(self, name)
         rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self.codec = profile.layers[index].shard(rank, world).codec(profile.slot_bytes, profile.codebooks)
         tier = self._tier()
-        self.copies = LayerCopies(tier, self.num_kv_heads, self.head_size) if tier else None
-        kernels = chosen()
-        logger.info_once("attention over compressed pages by: %s", kernels)
-        if kernels != REFERENCE:
-            self.native = NativeLayer(self.codec)
-        self.seen = LayerObserver(self._observer(), index, self.codec, self.copies, self.native, self.scale)
-        layer.attn_backend = _paged_backend(profile.slot_bytes)
+        self.copies = LayerCopies(tier, self.num_kv_heads, self.head_size, device) if tier else None
+        peer = next((other.kernels for other in self._others()), None)
+        self.kernels = layer_kernels(self.codec, device, peer)
+        logger.info_once("attention over compressed pages by: %s", self.kernels.name if self.kernels else REFERENCE)
+        self.seen = LayerObserver(self._observer(device), index, self.codec, self.copies, self.kernels, self.scale)
+        layer.attn_backend = _paged_backend(self.own, profile.slot_bytes)
 
     def _tier(self) -> ExactTier | None:
         """The worker's exact tier, reserved by the first layer that asks."""
@@ -147,12 +164,16 @@ class SpectralImpl(CPUAttentionBackendImpl):
             num_layers=len(layers) - exempt, num_heads=self.num_kv_heads, head_dim=self.head_size,
         )  # fmt: skip
 
-    def _observer(self) -> Observer:
+    def _observer(self, device: torch.device) -> Observer:
         """The worker's observer, made by the first layer that asks."""
         for other in self._others():
             assert other.seen is not None
             return other.seen.observer
-        return Observer(self._config.fidelity_every)
+        observer = Observer(self._config.fidelity_every)
+        if device.type != "cpu":
+            logger.warning(UNSEEN)
+            observer.fail(UNSEEN)
+        return observer
 
     def _others(self) -> Iterator[SpectralImpl]:
         """The compressed layers that are complete already."""
@@ -183,12 +204,13 @@ class SpectralImpl(CPUAttentionBackendImpl):
             attn_metadata: None during warm-up.
         """
         if self.codec is None or attn_metadata is None:
+            # Warm-up, or an exempt layer.
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
             return output
-        if self.native is not None:
+        if self.kernels is not None:
             pool = self.copies.pool if self.copies is not None else None
             requests = attn_metadata.requests
-            self.native.attend(query, key, value, kv_cache, requests, output.view_as(query), self.scale, pool)
+            self.kernels.attend(query, key, value, kv_cache, requests, output.view_as(query), self.scale, pool)
         else:
             self._attend_by_reference(query, key, value, kv_cache, attn_metadata, output)
         if attn_metadata.watch is not None:

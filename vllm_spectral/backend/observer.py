@@ -9,22 +9,24 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
 from vllm_spectral.backend.exact_tier import LayerCopies
 from vllm_spectral.backend.layers import positions_of
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.codec.rotation import second_moment, unrotate
 from vllm_spectral.exact.directory import StepPlan
-from vllm_spectral.kernels.layer import NativeLayer, Requests
+from vllm_spectral.kernels.interface import Bounds, LayerKernels, Requests
 from vllm_spectral.stats.drift import drift
 from vllm_spectral.stats.moments import LayerMoments
 from vllm_spectral.stats.probe import MOST_TOKENS, Probe, probe
+
+if TYPE_CHECKING:
+    from vllm_spectral.backend.metadata import SpectralMetadata
 
 logger = init_logger("vllm.spectral")
 
@@ -94,7 +96,7 @@ class Observer:
         return self._random.randint(self.every - self.every // 2, self.every + self.every // 2) if self.every else 0
 
     def fail(self, reason: str) -> None:
-        """Stop sampling; the reason is in the next report."""
+        """Stop sampling; the reason is in every report from now on."""
         self.every, self.failure = 0, reason
 
     def expect(self, num_tokens: int) -> None:
@@ -152,7 +154,7 @@ class LayerObserver:
     Args:
         observer: the worker's.
         layer: the layer's number.
-        codec, copies, native: the layer's.
+        codec, copies, kernels: the layer's.
         scale: factor of its scores.
     """
 
@@ -162,7 +164,7 @@ class LayerObserver:
         layer: int,
         codec: LayerCodec,
         copies: LayerCopies | None,
-        native: NativeLayer | None,
+        kernels: LayerKernels | None,
         scale: float,
     ) -> None:
         self.observer = observer
@@ -170,7 +172,7 @@ class LayerObserver:
         self.moments = LayerMoments(codec.layout.num_heads, codec.layout.head_dim)
         self._codec = codec
         self._copies = copies
-        self._native = native
+        self._kernels = kernels
         self._scale = scale
         self._samples = 0
         self._time: float | None = None
@@ -185,7 +187,7 @@ class LayerObserver:
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        metadata: CPUAttentionMetadata,
+        metadata: SpectralMetadata,
         plan: StepPlan | None,
     ) -> None:
         """Sample a step that was stored and attended to already; arguments as the implementation's ``forward``."""
@@ -208,7 +210,7 @@ class LayerObserver:
         if not watch.canary:
             self._count(result)
 
-    def _gather(self, query: Tensor, key: Tensor, value: Tensor, metadata: CPUAttentionMetadata) -> None:
+    def _gather(self, query: Tensor, key: Tensor, value: Tensor, metadata: SpectralMetadata) -> None:
         if self.moments.num_tokens > RECENT_TOKENS:
             self.moments.halve()
         count = metadata.num_actual_tokens
@@ -222,7 +224,7 @@ class LayerObserver:
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        metadata: CPUAttentionMetadata,
+        metadata: SpectralMetadata,
         plan: StepPlan | None,
     ) -> Probe | None:
         first, stop = metadata.query_start_loc[request : request + 2].tolist()
@@ -243,14 +245,15 @@ class LayerObserver:
         slots = self._codec.layout.read(kv_cache, blocks)[start % block_size :][: len(positions)]
         newest = query[stop - 1 : stop]
         served = None
-        if self._native is not None:
+        if self._kernels is not None:
             served = torch.empty_like(newest)
             alone = Requests(
                 metadata.block_table[request : request + 1].contiguous(),
                 torch.tensor([0, 1], dtype=torch.int32),
                 metadata.seq_lens[request : request + 1].contiguous(),
+                bounds=Bounds(1, context_len),
             )
-            self._native.attend(
+            self._kernels.attend(
                 newest, keys[-1:], values[-1:], kv_cache, alone, served, self._scale, window=len(positions)
             )  # fmt: skip
             served = served[0]

@@ -1,4 +1,4 @@
-"""The backend class that vLLM sees, and the choice of an implementation, made once per layer."""
+"""The backend class that vLLM sees on the CPU, and the choice of an implementation, made once per layer."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ class SpectralCPUBackend(CPUAttentionBackend):
             from vllm_spectral.backend.dense import DenseImpl
 
             return DenseImpl
-        from vllm_spectral.backend.impl import SpectralImpl
+        from vllm_spectral.backend.cpu import SpectralCPUImpl
 
-        return SpectralImpl
+        return SpectralCPUImpl

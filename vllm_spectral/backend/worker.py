@@ -65,7 +65,7 @@ class WorkerExtension:
             exact = impl.copies.resident_bytes if impl.copies else 0
             if impl.copies:
                 exact_used += impl.copies.used_bytes
-            layers.append(LayerMemory.of_codec(name, impl.codec, impl.num_heads, pages, impl.native, exact))
+            layers.append(LayerMemory.of_codec(name, impl.codec, impl.num_heads, pages, impl.kernels, exact))
         first = next(iter(self._spectral_compressed()), None)
         config = self.model_runner.kv_cache_config
         return WorkerMemory(
@@ -76,7 +76,7 @@ class WorkerExtension:
             exact_used_bytes=exact_used,
             resident_page_bytes=self._spectral_resident_pages(),
             process_bytes=process_bytes(),
-            kernels=(first.native.isa if first.native else REFERENCE) if first else "",
+            kernels=(first.kernels.name if first.kernels else REFERENCE) if first else "",
             rank=get_tensor_model_parallel_rank(),
         ).to_wire()
 

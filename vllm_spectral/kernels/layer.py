@@ -1,11 +1,9 @@
-"""One layer's codec, handed to the native kernels."""
+"""One layer's codec, handed to the native kernels: :class:`LayerKernels` on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import weakref
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,81 +19,13 @@ from vllm_spectral.codec.quantizer import (
     VectorCoding,
 )
 from vllm_spectral.errors import KernelError
+from vllm_spectral.kernels.interface import Pool, Requests
 from vllm_spectral.kernels.library import CodingSpec, LayerSpec, Library, Pages, Rows, StepCall, library
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LANES = 16
 _MOST_SCALES = 8
 """Scales that a kernel tries at once, one per lane, for two tokens."""
-
-
-@dataclass(frozen=True)
-class Exact:
-    """What a step writes into the pool of exact copies, and may then read from it; the same for all layers.
-
-    Attributes:
-        write_tokens, write_rows: ``[n]`` int64, tokens of the step to be copied before anything is read, and their rows.
-        rows: ``[num_requests, first + recent]`` int32: the rows of positions 0 to ``first``, then of the ``recent``
-            positions before the request's tokens of this step (from position 0 on if there are fewer); -1 without a copy.
-        first, recent: a query at ``p`` reads ``j`` exactly if ``j < first`` or ``p - j < recent``.
-    """
-
-    write_tokens: Tensor
-    write_rows: Tensor
-    rows: Tensor
-    first: int
-    recent: int
-
-
-@dataclass(frozen=True)
-class Requests:
-    """The requests of one step, the same for all layers.
-
-    Attributes:
-        block_table: ``[num_requests, max_blocks]`` int32, physical blocks in order.
-        query_start: ``[num_requests + 1]`` int32, first token of each request in the step, and the end.
-        context_lens: ``[num_requests]`` int32, tokens after the step, the queries included.
-        slot_mapping: ``[num_tokens]`` int64, where the step's tokens are stored before anything is read, negative:
-            padding; None: they are in their pages.
-        exact: what is read exactly; None: nothing.
-    """
-
-    block_table: Tensor
-    query_start: Tensor
-    context_lens: Tensor
-    slot_mapping: Tensor | None = None
-    exact: Exact | None = None
-
-    @cached_property
-    def call(self) -> StepCall:
-        """The arguments of all layers, for each of them to complete."""
-        call = StepCall()
-        if self.slot_mapping is not None:
-            call.slot_mapping, call.num_stored = self.slot_mapping.data_ptr(), self.slot_mapping.shape[0]
-        call.block_table, call.block_table_stride = self.block_table.data_ptr(), self.block_table.stride(0)
-        call.query_start, call.context_lens = self.query_start.data_ptr(), self.context_lens.data_ptr()
-        call.num_requests = self.context_lens.shape[0]
-        if (exact := self.exact) is not None:
-            call.first, call.recent, call.num_writes = exact.first, exact.recent, exact.write_rows.shape[0]
-            call.write_tokens, call.write_rows = exact.write_tokens.data_ptr(), exact.write_rows.data_ptr()
-            call.exact_rows = exact.rows.data_ptr()
-        return call
-
-
-@dataclass(frozen=True)
-class Pool:
-    """One layer's exact copies.
-
-    Attributes:
-        keys, values: ``[entries, num_heads, group_tokens, head_dim]`` bf16; row ``r`` is token ``r % group_tokens`` of entry
-            ``r // group_tokens``.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    def __post_init__(self) -> None:
-        assert self.keys.shape[2].bit_count() == 1, "groups are a power of two: they divide 8"
 
 
 class Workspace:
@@ -170,23 +100,30 @@ class NativeLayer:
         weakref.finalize(self, self._lib.layer_destroy, self._handle)
 
     @property
-    def isa(self) -> str:
+    def name(self) -> str:
         """The instruction set in use."""
         return self._lib.isa
 
     @property
+    def graphs(self) -> bool:
+        """Lengths are read on the host, where the kernels run."""
+        return False
+
+    @property
     def resident_bytes(self) -> int:
-        """Bytes that the kernels keep for this layer, beside the codec's."""
+        """See :class:`LayerKernels`."""
         return int(self._lib.layer_bytes(self._handle))
 
-    def store(self, keys: Tensor, values: Tensor, pages: Tensor, slot_mapping: Tensor) -> None:
-        """Compress new tokens into their pages: the bytes that ``LayerCodec.encode`` and ``SlotLayout.write`` would write.
+    @property
+    def workspace_bytes(self) -> int:
+        """See :class:`LayerKernels`; what was needed so far."""
+        return WORKSPACE.num_bytes
 
-        Args:
-            keys, values: ``[num_tokens, num_heads, head_dim]``, float32, bfloat16 or float16.
-            pages: ``[num_blocks, num_heads, block_size, slot_bytes]`` uint8.
-            slot_mapping: ``[num_tokens]`` int64, negative: padding.
-        """
+    def reserve(self, max_tokens: int, group: int) -> None:
+        """Nothing keeps the address of scratch here, so that it grows with the steps that come."""
+
+    def store(self, keys: Tensor, values: Tensor, pages: Tensor, slot_mapping: Tensor) -> None:
+        """See :class:`LayerKernels`."""
         slot_mapping = slot_mapping.long()
         call = StepCall(keys=_rows(keys), values=_rows(values))
         call.slot_mapping, call.num_stored = slot_mapping.data_ptr(), slot_mapping.shape[0]
@@ -206,18 +143,7 @@ class NativeLayer:
         soft_cap: float = 0.0,
         window: int = 0,
     ) -> None:
-        """Causal attention of one step's tokens over their contexts; what ``paged_attention`` computes.
-
-        Args:
-            query, output: ``[num_tokens, num_query_heads, head_dim]``, float32, bfloat16 or float16.
-            keys, values: ``[num_tokens, num_heads, head_dim]``, the step's own.
-            pages: ``[num_blocks, num_heads, block_size, slot_bytes]`` uint8.
-            requests: the step's requests; whether its tokens are stored first, and what is read exactly.
-            scale: factor of the scores.
-            pool: the copies of what is read exactly; None: nothing is.
-            soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0: they do not.
-            window: how many tokens up to its own a query sees; 0: all.
-        """
+        """See :class:`LayerKernels`."""
         call = requests.call
         call.query, call.keys, call.values, call.output = _rows(query), _rows(keys), _rows(values), _rows(output)
         call.num_query_heads = query.shape[1]

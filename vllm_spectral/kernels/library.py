@@ -20,6 +20,8 @@ FOLDER_VARIABLE = "VLLM_SPECTRAL_KERNELS"
 """Names a folder to load the libraries from instead of the installed ones: for builds under sanitizers."""
 REFERENCE = "reference"
 """In place of an instruction set: the torch code that defines what the kernels compute, and is far slower."""
+TRITON = "triton"
+"""In place of an instruction set: the GPU's kernels, under Triton's interpreter. Slower still: for tests."""
 
 
 class CodingSpec(ctypes.Structure):
@@ -119,13 +121,13 @@ def isas() -> tuple[str, ...]:
 
 
 def chosen(environment: Mapping[str, str] = os.environ) -> str:
-    """What this process computes with: an instruction set, or ``reference``.
+    """What this process computes with on the CPU: an instruction set, ``reference`` or ``triton``.
 
     Raises:
         KernelError: if the environment names one that does not exist here.
     """
     wanted = environment.get(ISA_VARIABLE)
-    return REFERENCE if wanted == REFERENCE else library(environment).isa
+    return wanted if wanted in (REFERENCE, TRITON) else library(environment).isa
 
 
 def library(environment: Mapping[str, str] = os.environ) -> Library:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_spectral.kernels.layer import Exact, NativeLayer, Pool, Requests
+from vllm_spectral.kernels.interface import Exact, Pool, Requests
+from vllm_spectral.kernels.layer import NativeLayer
 
 _LIBRARY: Any = torch.library.Library("vllm_spectral", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("store(Tensor keys, Tensor values, Tensor(a!) pages, Tensor slot_mapping, int layer) -> ()")

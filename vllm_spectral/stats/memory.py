@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vllm_spectral.codec.attention import workspace_bytes
 from vllm_spectral.codec.quantizer import LayerCodec
-from vllm_spectral.kernels.layer import WORKSPACE, NativeLayer
+from vllm_spectral.kernels.interface import LayerKernels
 
 BF16_BYTES = 2
 
@@ -51,12 +51,13 @@ class LayerMemory:
         codec: LayerCodec,
         num_query_heads: int,
         pages: Tensor,
-        native: NativeLayer | None = None,
+        kernels: LayerKernels | None = None,
         exact_bytes: int = 0,
     ) -> LayerMemory:
         """A compressed layer; ``pages`` is ``[num_blocks, num_heads, block_size, slot_bytes]`` uint8.
 
-        With kernels the workspace is what they have allocated so far, without them the most that the reference takes.
+        With kernels the workspace is what they have allocated so far, without them the most that the reference takes. Where
+        the pages are on a GPU, so is what the kernels keep; the codec itself stays in the host's memory and is not counted.
         """
         layout = codec.layout
         workspace = workspace_bytes(num_query_heads, layout.num_heads, layout.head_dim)
@@ -69,8 +70,9 @@ class LayerMemory:
             value_bits=layout.value_bits_per_element,
             compressed=True,
             page_bytes=pages.numel() * pages.element_size(),
-            static_bytes=codec.resident_bytes + (native.resident_bytes if native else 0),
-            workspace_bytes=WORKSPACE.num_bytes if native else workspace,
+            static_bytes=codec.resident_bytes * (pages.device.type == "cpu")
+            + (kernels.resident_bytes if kernels else 0),
+            workspace_bytes=kernels.workspace_bytes if kernels else workspace,
             exact_bytes=exact_bytes,
         )
 

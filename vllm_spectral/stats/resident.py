@@ -18,7 +18,7 @@ def process_bytes() -> int:
 
 
 def tensor_bytes(tensor: Tensor) -> int | None:
-    """The part of a CPU tensor that is in memory: allocated memory is not, until it is written (``mincore(2)``).
+    """The part of a tensor that is in memory: the host's is not, until it is written (``mincore(2)``); a GPU's is at once.
 
     Args:
         tensor: contiguous; its memory pages are counted whole where they lie inside it.
@@ -26,6 +26,8 @@ def tensor_bytes(tensor: Tensor) -> int | None:
     Returns:
         Bytes; None if the kernel does not say.
     """
+    if tensor.device.type != "cpu":
+        return tensor.numel() * tensor.element_size()
     start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
     first, last = start // _PAGE, -(-end // _PAGE)
     resident = np.zeros(last - first, dtype=np.uint8)

@@ -8,8 +8,8 @@ import torch
 
 from tests.kernels.conftest import Step
 from vllm_spectral.codec.quantizer import LayerCodec
-from vllm_spectral.kernels.layer import Exact, Pool, Requests
-from vllm_spectral.kernels.triton.layer import Bounds, TritonLayer
+from vllm_spectral.kernels.interface import Bounds, Exact, Pool, Requests
+from vllm_spectral.kernels.triton.layer import TritonLayer
 from vllm_spectral.kernels.triton.plan import Tuning
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,8 +26,8 @@ SHAPES = [
 """Heads, head size, bits, group: those of the CPU kernels' tests."""
 
 
-def layer_of(codec: LayerCodec, tuning: Tuning | None = None, **options: Any) -> TritonLayer:
-    return TritonLayer(codec, DEVICE, tuning=tuning, **options)
+def layer_of(codec: LayerCodec, tuning: Tuning | None = None) -> TritonLayer:
+    return TritonLayer(codec, DEVICE, tuning=tuning)
 
 
 def store(
@@ -61,11 +61,11 @@ def attend(
         pool = Pool(pool.keys.to(DEVICE), pool.values.to(DEVICE))
         copied = Exact(none, none, rows.to(DEVICE), copied.first, copied.recent)
     contexts = torch.tensor(step.contexts + [0] * padding, dtype=torch.int32)
-    requests = Requests(table.to(DEVICE), starts.to(DEVICE), contexts.to(DEVICE), None, copied)
+    bounds = bounds or Bounds(max(step.queries), max(step.contexts))
+    requests = Requests(table.to(DEVICE), starts.to(DEVICE), contexts.to(DEVICE), None, copied, bounds)
     keys, values = (torch.cat([step.own(i)[k] for i in range(len(step.sequences))]).to(DEVICE) for k in (0, 1))
     output = torch.full(step.query.shape, torch.nan, device=DEVICE)
-    bounds = bounds or Bounds(max(step.queries), max(step.contexts))
-    layer_of(step.codec, tuning, **options).attend(
+    layer_of(step.codec, tuning).attend(
         step.query.to(DEVICE),
         keys,
         values,
@@ -73,8 +73,8 @@ def attend(
         requests,
         output,
         step.scale,
-        bounds,
         pool,
+        **options,
     )
     return output.cpu()
 

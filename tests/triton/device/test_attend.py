@@ -8,8 +8,8 @@ import torch
 from tests.kernels.conftest import Step, codec_of, tokens
 from tests.tolerances import KERNEL_BF16
 from tests.triton.device.cases import SHAPES, attend, close, store
+from vllm_spectral.kernels.interface import Bounds
 from vllm_spectral.kernels.layer import NativeLayer
-from vllm_spectral.kernels.triton.layer import Bounds
 from vllm_spectral.kernels.triton.plan import Tuning, plan_step
 
 SHARES = Tuning(least_tiles=1, programs_per_processor=64)

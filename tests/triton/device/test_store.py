@@ -8,7 +8,8 @@ import torch
 from tests.kernels.conftest import codec_of, tokens
 from tests.triton.device.cases import DEVICE, SHAPES, layer_of, store
 from vllm_spectral.codec.layout import FLAT_FLAG
-from vllm_spectral.kernels.layer import Exact, NativeLayer, Pool
+from vllm_spectral.kernels.interface import Exact, Pool
+from vllm_spectral.kernels.layer import NativeLayer
 
 
 def stored(

@@ -3,7 +3,8 @@
 ``pages_kernel`` does the work: a program takes a tile of query rows, one KV head and a share of the tokens. If ``WHOLE``,
 it has all tokens and finishes its rows at once (prefill); else ``prepare_kernel`` rotates the queries before it, and
 ``finish_kernel`` merges the shares, rotates the result back and adds the exact copies (decode). A row is one query and one
-head of the group. No length is read on the host: a captured graph replays with other lengths.
+head of the group. No length is read on the host: a captured graph replays with other lengths. And no length is compiled in:
+Triton would otherwise compile anew for lengths of 1 and for multiples of 16, in the middle of serving.
 """
 
 from __future__ import annotations
@@ -241,7 +242,7 @@ def _finish(
     tl.store(to, result.to(output.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def prepare_kernel(
     query, token_stride, head_stride, num_rows, key_basis, key_center, key_width, key_flat_width, factor,
     rotated, flat_rotated, centers,
@@ -271,7 +272,7 @@ def _share(first, last, T: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constex
     return low, high, tl.maximum(tl.cdiv(high - low, SPLITS), LEAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def pages_kernel(
     query, token_stride, head_stride_q, rotated, flat_rotated, centers, factor, page_factor,
     query_start, context_lens, num_requests, block_table, table_stride, pages, block_stride, head_stride, exact_rows,
@@ -332,7 +333,7 @@ def pages_kernel(
                 tl.store(partial_state + at * 2 + 1, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"])
 def finish_kernel(
     query, token_stride, head_stride_q, factor, query_start, context_lens, num_requests, exact_rows, value_basis,
     keys, key_token_stride, key_head_stride, values, value_token_stride, value_head_stride, copy_keys, copy_values,

@@ -1,9 +1,8 @@
-"""One layer's Triton kernels behind the same calls as the CPU's."""
+"""One layer's Triton kernels: :class:`LayerKernels` on an NVIDIA GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from vllm_spectral.codec.codebook import MAX_BITS
 from vllm_spectral.codec.layout import FLAT_FLAG, GROUP_TOKENS
 from vllm_spectral.codec.quantizer import FALLBACK_GAIN, NUM_SCALES, SCALE_SEARCH, LayerCodec
 from vllm_spectral.errors import KernelError
-from vllm_spectral.kernels.layer import Exact, Pool, Requests
+from vllm_spectral.kernels.interface import Bounds, Exact, Pool, Requests
+from vllm_spectral.kernels.library import TRITON
 from vllm_spectral.kernels.triton.attend import LOG2_E, finish_kernel, pages_kernel, prepare_kernel
-from vllm_spectral.kernels.triton.plan import SMALLEST_TILE, Plan, Tuning, plan_step
+from vllm_spectral.kernels.triton.plan import SMALLEST_TILE, Plan, Tuning, most_scratch, plan_step
 from vllm_spectral.kernels.triton.store import copy_kernel, store_kernel
 from vllm_spectral.kernels.triton.tables import AttendTables, ReadTable, WriteTable, layer_tables, power_of_two
 
@@ -31,39 +31,42 @@ Launch = Callable[..., None]
 """``launch(kernel, grid, *arguments, **options)``."""
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """What the host knows of a step without asking the device: upper bounds, constant while a captured graph is used.
-
-    Attributes:
-        max_queries: most tokens of the step that a request has.
-        max_context: most tokens that a request has after the step.
-    """
-
-    max_queries: int
-    max_context: int
-
-
 class Scratch:
-    """Memory of a step that all layers of a process use in turn. A captured graph keeps the addresses: reserve first."""
+    """Memory of a step that all layers of a worker use in turn.
+
+    A captured graph keeps the addresses. So whoever captures reserves the largest step's before, and from then on nothing
+    grows: memory that an older graph still writes to would be given back.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: dict[str, Tensor] = {}
+        self._reserved = False
 
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
 
+    def reserve(self, counts: dict[str, tuple[int, torch.dtype]]) -> None:
+        """Take all that will ever be needed, by name; what is there already stays."""
+        self._reserved = False
+        for name, (count, dtype) in counts.items():
+            self.take(name, count, dtype)
+        self._reserved = True
+
     def take(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
         """``count`` elements under a name; what they hold is undefined.
 
         Raises:
-            KernelError: if the buffer would have to grow while a graph is being captured.
+            KernelError: if the buffer would have to grow after it was reserved, or while a graph is being captured.
         """
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < count or buffer.dtype != dtype:
+            if self._reserved:
+                raise KernelError(
+                    f"scratch memory {name!r} needs {count} elements, more than were reserved for any step"
+                )
             if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise KernelError(
                     f"scratch memory {name!r} must grow to {count} elements while a CUDA graph is captured: run the "
@@ -79,10 +82,8 @@ class TritonLayer:
     Args:
         codec: the layer's codec, on the CPU.
         device: the GPU; the CPU if Triton's interpreter is on.
-        scratch: shared by all layers of the process.
+        scratch: shared by all layers of the worker.
         tuning: how steps are cut.
-        soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; 0: they do not.
-        window: how many tokens up to its own a query sees; 0: all.
         launch: what runs a kernel. Whoever has no GPU can compile it instead.
 
     Raises:
@@ -96,8 +97,6 @@ class TritonLayer:
         scratch: Scratch | None = None,
         tuning: Tuning | None = None,
         *,
-        soft_cap: float = 0.0,
-        window: int = 0,
         launch: Launch | None = None,
     ) -> None:
         layout = codec.layout
@@ -109,9 +108,9 @@ class TritonLayer:
         if device.type != "cuda" and not self._interpreted and launch is None:
             raise KernelError(f"Triton kernels need an NVIDIA GPU, not {device}; without one: TRITON_INTERPRET=1")
         self._layout, self._device = layout, device
-        self._soft_cap, self._window, self._launch = soft_cap, window, launch or _run
+        self._launch = launch or _run
         self._tuning = tuning or Tuning()
-        self._scratch = scratch or Scratch(device)
+        self.scratch = scratch or Scratch(device)
         self._tables = layer_tables(codec, device)
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _PROCESSORS
@@ -121,26 +120,61 @@ class TritonLayer:
         }  # fmt: skip
 
     @property
+    def name(self) -> str:
+        """See :class:`LayerKernels`."""
+        return f"{TRITON} (interpreted)" if self._interpreted else TRITON
+
+    @property
+    def graphs(self) -> bool:
+        """No length is read on the host."""
+        return True
+
+    @property
     def resident_bytes(self) -> int:
-        """Bytes that the kernels keep for this layer on the device."""
+        """See :class:`LayerKernels`; on the device."""
         return self._tables.resident_bytes
 
-    def store(self, keys: Tensor, values: Tensor, pages: Tensor, slot_mapping: Tensor) -> None:
-        """Compress new tokens into their pages: the bytes that ``LayerCodec.encode`` and ``SlotLayout.write`` would write.
+    @property
+    def workspace_bytes(self) -> int:
+        """See :class:`LayerKernels`; on the device."""
+        return self.scratch.num_bytes
 
-        Args:
-            keys, values: ``[num_tokens, num_heads, head_dim]``, float32, bfloat16 or float16.
-            pages: ``[num_blocks, num_heads, block_size, slot_bytes]`` uint8.
-            slot_mapping: ``[num_tokens]`` int64, negative: padding.
-        """
-        count, tokens = slot_mapping.shape[0], 64 if self._interpreted else _STORE_TOKENS
+    def reserve(self, max_tokens: int, group: int) -> None:
+        """See :class:`LayerKernels`."""
+        heads, dim = self._layout.num_heads, self._layout.head_dim
+        rows, partial = most_scratch(max_tokens, group, heads, self._processors, self._tuning)
+        self.scratch.reserve(
+            {
+                "store": (self._store_programs(max_tokens) * self._store_floats, torch.float32),
+                "rotated": (rows * heads * dim, torch.bfloat16),
+                "flat": (rows * heads * dim, torch.bfloat16),
+                "centers": (rows * heads, torch.float32),
+                "sums": (partial * dim, torch.float32),
+                "state": (partial * 2, torch.float32),
+            }
+        )
+
+    @property
+    def _store_tokens(self) -> int:
+        return 64 if self._interpreted else _STORE_TOKENS
+
+    @property
+    def _store_floats(self) -> int:
+        """Scratch of one program of the store kernel."""
+        return len(SCALE_SEARCH) * self._layout.head_dim * self._store_tokens
+
+    def _store_programs(self, num_tokens: int) -> int:
+        units = -(-num_tokens // self._store_tokens) * 2 * self._layout.num_heads
+        return min(units, _STORE_PROGRAMS_PER_PROCESSOR * self._processors)
+
+    def store(self, keys: Tensor, values: Tensor, pages: Tensor, slot_mapping: Tensor) -> None:
+        """See :class:`LayerKernels`."""
+        count, tokens = slot_mapping.shape[0], self._store_tokens
         if not count:
             return
         store, layout = self._tables.store, self._layout
-        units = -(-count // tokens) * 2 * layout.num_heads
-        programs = min(units, _STORE_PROGRAMS_PER_PROCESSOR * self._processors)
-        each = len(SCALE_SEARCH) * layout.head_dim * tokens
-        scratch = self._scratch.take("store", programs * each, torch.float32)
+        programs = self._store_programs(count)
+        scratch = self.scratch.take("store", programs * self._store_floats, torch.float32)
         self._launch(
             store_kernel, (programs,),
             *_rows(keys), *_rows(values), slot_mapping, count, *_rows(pages), pages.shape[2],
@@ -185,39 +219,34 @@ class TritonLayer:
         requests: Requests,
         output: Tensor,
         scale: float,
-        cut: Bounds | Plan,
         pool: Pool | None = None,
+        *,
+        soft_cap: float = 0.0,
+        window: int = 0,
     ) -> None:
-        """Causal attention of one step's tokens over their contexts; what ``paged_attention`` computes.
-
-        Stores nothing: call :meth:`store` and :meth:`keep` before. All lengths stay on the device.
-
-        Args:
-            query, output: ``[num_tokens, num_query_heads, head_dim]``, float32, bfloat16 or float16.
-            keys, values: ``[num_tokens, num_heads, head_dim]``, the step's own.
-            pages: ``[num_blocks, num_heads, block_size, slot_bytes]`` uint8.
-            requests: the step's requests, and what is read exactly; its tensors on the device.
-            scale: factor of the scores.
-            cut: upper bounds of the step's lengths, or how it is cut if that was chosen before.
-            pool: the copies of what is read exactly; None: nothing is.
-        """
+        """See :class:`LayerKernels`; ``requests`` must have bounds. All lengths stay on the device."""
+        assert requests.bounds is not None
+        exact = requests.exact if pool is not None else None
+        if requests.slot_mapping is not None:
+            self.store(keys, values, pages, requests.slot_mapping)
+        if exact is not None and pool is not None:
+            self.keep(keys, values, pool, exact)
         num_tokens, num_query_heads, dim = query.shape
         heads, group = self._layout.num_heads, num_query_heads // self._layout.num_heads
         num_requests = requests.context_lens.shape[0]
         if not num_tokens or not num_requests:
             return
-        plan = cut if isinstance(cut, Plan) else self.plan(num_requests, num_tokens, cut, group)
-        exact = requests.exact if pool is not None else None
+        plan = self.plan(num_requests, num_tokens, requests.bounds, group)
         t = self._tables
-        page_factor = scale if self._soft_cap else scale * float(LOG2_E)
+        page_factor = scale if soft_cap else scale * float(LOG2_E)
         sums, state = plan.scratch_floats(heads, dim)
-        partial = (self._scratch.take("sums", sums, torch.float32), self._scratch.take("state", state, torch.float32))
+        partial = (self.scratch.take("sums", sums, torch.float32), self.scratch.take("state", state, torch.float32))
         rotated, flat, centers = query, query, t.levels
         if not plan.whole:
             count = num_tokens * num_query_heads
-            rotated = self._scratch.take("rotated", count * dim, torch.bfloat16)
-            flat = self._scratch.take("flat", count * dim, torch.bfloat16)
-            centers = self._scratch.take("centers", count, torch.float32)
+            rotated = self.scratch.take("rotated", count * dim, torch.bfloat16)
+            flat = self.scratch.take("flat", count * dim, torch.bfloat16)
+            centers = self.scratch.take("centers", count, torch.float32)
             self._launch(
                 prepare_kernel, (-(-num_tokens * group // plan.rows), heads),
                 *_rows(query), num_tokens * group, *_sides(t.keys), page_factor, rotated, flat, centers,
@@ -227,9 +256,8 @@ class TritonLayer:
             **self._shape, "G": group, "M": plan.rows, "SUBS": plan.tuning.groups, "MOST_TILES": plan.tiles_per_request,
             "SPLITS": plan.splits, "LEAST": plan.tuning.least_tiles, "EXACT": exact is not None,
             "FIRST": exact.first if exact else 0, "RECENT": exact.recent if exact else 0,
-            "COPY_GROUP": pool.keys.shape[2] if pool else 1, "COPIES": _COPY_TILE, "SOFT_CAP": self._soft_cap,
-            "WINDOW": self._window,
-            "EMULATE": self._interpreted,
+            "COPY_GROUP": pool.keys.shape[2] if pool else 1, "COPIES": _COPY_TILE, "SOFT_CAP": soft_cap,
+            "WINDOW": window, "EMULATE": self._interpreted,
         }  # fmt: skip
         where = (requests.query_start, requests.context_lens, num_requests)
         rows = exact.rows if exact else requests.block_table

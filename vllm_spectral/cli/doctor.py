@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_spectral.cli.common import MODEL_HELP, described, load_for, print_json
+from vllm_spectral.config import UNPROVEN
 from vllm_spectral.errors import ConfigError, SpectralError
 from vllm_spectral.models.decoder import Decoder, read_config
 from vllm_spectral.models.demo import resolve_model
@@ -27,7 +28,7 @@ The verdict on the model comes from its config.json and, for layers whose key bi
 well, from its weights. Such layers are only recommended for --exempt-layers; nothing is exempted unless you pass it on.
 Exit code 0: it can be served, maybe with exempt layers; 2: it cannot, and every reason is listed.
 """
-_GPU_NOTE = "vLLM runs on a GPU here: spectral pages were not yet run on a GPU"
+_GPU_NOTE = f"vLLM runs on a GPU here, and {UNPROVEN}; `serve` asks for --experimental-cuda"
 
 
 def add_parser(commands: Any) -> None:

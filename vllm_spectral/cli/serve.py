@@ -91,6 +91,11 @@ def add_parser(commands: Any) -> None:
         "--max-body-size", metavar="SIZE", type=size, default=None,
         help="largest body of a request; 64M, 1.5G, ... (32M). Larger ones are answered 413",
     )  # fmt: skip
+    gpu = parser.add_argument_group("NVIDIA GPUs")
+    gpu.add_argument(
+        "--experimental-cuda", action="store_true",
+        help="serve on a GPU, where this was not yet run: answers may be wrong, speed is unknown; refused without",
+    )  # fmt: skip
     parser.set_defaults(run=run, passes_flags_on=True)
 
 
@@ -116,7 +121,10 @@ def run(args: argparse.Namespace) -> int:
     profile = load_for(model, path)
     exempt = exempt_layers(args, model)
     _warn_of_key_biases(model, exempt)
-    config = SpectralConfig(path, profile.digest, exempt, fidelity_every=args.fidelity_every, **exact_fields(args))
+    config = SpectralConfig(
+        path, profile.digest, exempt, fidelity_every=args.fidelity_every, allow_unproven_device=args.experimental_cuda,
+        **exact_fields(args),
+    )  # fmt: skip
     from vllm_spectral_server.canary import Limits
     from vllm_spectral_server.launch import Watch, serve
     from vllm_spectral_server.limits import MAX_BODY_BYTES, RequestLimits

@@ -10,6 +10,8 @@ import os
 import sys
 from types import ModuleType
 
+from tests.engine.runner import pretend_triton
+
 PRETEND = "TEST_PRETEND_CUDA"
 _EXTENSIONS = (
     "vllm._C_stable_libtorch", "vllm.vllm_flash_attn._vllm_fa2_C", "vllm.vllm_flash_attn._vllm_fa3_C",
@@ -23,6 +25,7 @@ def pretending() -> bool:
 
 def pretend_cuda() -> None:
     """Must run before anything asks vLLM for its platform."""
+    pretend_triton()
     import vllm.platforms
 
     sys.modules.update({name: ModuleType(name) for name in _EXTENSIONS})

@@ -10,6 +10,19 @@ import os
 import sys
 from typing import Any
 
+PRETEND_TRITON = "TEST_TRITON_CPU"
+"""Set: vLLM finds that Triton serves the CPU, which under Triton's interpreter it does. Its second model runner asks."""
+
+
+def pretend_triton() -> None:
+    """Must run before vLLM is imported."""
+    from types import SimpleNamespace
+
+    from triton import backends
+
+    backends.backends.clear()
+    backends.backends["cpu"] = SimpleNamespace(compiler=None, driver=SimpleNamespace(is_active=lambda: True))
+
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
     """Generate greedily.
@@ -17,6 +30,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     The request: ``model``, ``options`` for ``LLM``, ``rounds`` (lists of prompts as token ids or text; each round is
     one batch) and ``max_tokens``.
     """
+    if os.environ.get(PRETEND_TRITON):
+        pretend_triton()
     from vllm import LLM, SamplingParams
 
     spectral = "additional_config" in request["options"]
@@ -37,6 +52,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         "drafted": metrics.get("vllm:spec_decode_num_draft_tokens"),
         "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens"),
         "kernels": llm.collective_rpc("spectral_memory")[0]["kernels"] if spectral else None,
+        "runner": "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1",
         "exact": llm.collective_rpc("spectral_exact_counters")[0] if spectral else None,
     }
     llm.llm_engine.engine_core.shutdown()

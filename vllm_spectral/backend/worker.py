@@ -67,12 +67,14 @@ class WorkerExtension:
                 exact_used += impl.copies.used_bytes
             layers.append(LayerMemory.of_codec(name, impl.codec, impl.num_heads, pages, impl.kernels, exact))
         first = next(iter(self._spectral_compressed()), None)
+        on_cpu = all(layer.kv_cache.device.type == "cpu" for _, layer in self._spectral_layers())
         config = self.model_runner.kv_cache_config
         return WorkerMemory(
             layers=tuple(layers),
             num_blocks=config.num_blocks,
             allocated_bytes=sum(tensor.size for tensor in config.kv_cache_tensors),
-            shared_bytes=first.codec.codebooks.resident_bytes if first and first.codec else 0,
+            # On a GPU every layer's kernels have tables of their own, which are counted there.
+            shared_bytes=first.codec.codebooks.resident_bytes if first and first.codec and on_cpu else 0,
             exact_used_bytes=exact_used,
             resident_page_bytes=self._spectral_resident_pages(),
             process_bytes=process_bytes(),

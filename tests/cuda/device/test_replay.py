@@ -84,6 +84,8 @@ class Runner:
     def show(self, requests: list[Request], new: list[int], *, padded: bool) -> SpectralMetadata:
         """Put a step where the kernels look for it, as vLLM does before every step; its metadata."""
         start, generator = 0, torch.Generator().manual_seed(sum(new) + requests[0].length)
+        for left in (self.query, self.keys, self.values, self.output):
+            left.fill_(torch.nan)  # what pads a step is whatever was there
         self.slots.fill_(-1)
         self.lengths.zero_()
         self.table.zero_()
@@ -98,7 +100,6 @@ class Runner:
         self.starts[len(requests) + 1 :] = start
         query = 0.25 * torch.randn(start, QUERY_HEADS, DIM, generator=generator)
         self.query[:start] = query.bfloat16().to(DEVICE)
-        self.output.fill_(torch.nan)
         rows, count = (ROWS, ROWS) if padded else (len(requests), start)
         longest = max(request.length for request in requests)
         return self.builder.build(0, self.common(rows, count, max(new), longest))

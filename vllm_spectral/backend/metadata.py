@@ -141,7 +141,8 @@ class SpectralMetadataBuilder(AttentionMetadataBuilder):
         # bounds while drafts are verified. Blocks behind the longest context are left where they are.
         blocks = max(-(-common.max_seq_len // self.kv_cache_spec.block_size), 1)
         table, context_lens = on_host(common.block_table_tensor[:, :blocks]), on_host(common.seq_lens).numpy()
-        query_lens = on_host(common.query_start_loc).diff().numpy()[: len(context_lens)]
+        starts = on_host(common.query_start_loc).numpy()[: len(context_lens) + 1]
+        query_lens = starts[1:] - starts[:-1]
         if (query_lens > 0).sum() > self._tier.requests:
             logger.warning_once(
                 "more requests run at once than the exact tier holds (%d): they share it, and read more from "

@@ -80,6 +80,7 @@ class Bench:
         times = case.dim // profile.fingerprint.head_dim
         layer = widened(profile.layers[len(profile.layers) // 3], case.heads, times)
         self.codec = layer.codec(profile.slot_bytes * times, profile.codebooks)
+        self.isa = isa
         self.native = NativeLayer(self.codec, library({ISA_VARIABLE: isa}))
         self.blocks = -(-case.context // BLOCK)
         self.table = torch.randperm(self.blocks * case.batch).view(case.batch, -1).int()
@@ -107,7 +108,7 @@ class Bench:
             self.query[:1], self.pages[0], self.table[0], self.case.context, self.codec, self.scale
         )
         error = float((self.output[:1].float() - expected).norm() / expected.norm())
-        if not error < 0.02:
+        if not error < (0.04 if "vnni" in self.isa else 0.02):
             raise SystemExit(f"{self.case}: wrong by {error:.1e}")
         return error
 

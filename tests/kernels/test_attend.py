@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.conftest import ISAS, Step, codec_of, kernels, tokens
-from tests.tolerances import KERNEL_BF16, KERNEL_FLOAT
+from tests.tolerances import KERNEL_BF16, KERNEL_FLOAT, KERNEL_INT8
 
 SHAPES = [
     (3, 64, 3.0, 3),
@@ -30,7 +30,9 @@ def agree(step: Step, isa: str, exact: bool, *, slack: float = 1.0) -> None:
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, isa: str, *, slack: float = 1.0) -> None:
-    tolerance = KERNEL_BF16 * slack if isa.endswith("bf16") else KERNEL_FLOAT
+    tolerance = KERNEL_FLOAT
+    if "vnni" in isa or "bf16" in isa:
+        tolerance = slack * (KERNEL_INT8 if "vnni" in isa else KERNEL_BF16)
     assert (found - expected).norm() <= tolerance * expected.norm()
 
 

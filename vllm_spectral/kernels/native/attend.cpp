@@ -6,6 +6,10 @@
 //
 // Products run over pairs. For scores a pair is two channels of one token: a lane is a token, and a query's pair is
 // broadcast. For outputs a pair is two tokens of one channel: lanes are 16 such pairs, added up at the end of a tile.
+//
+// Where the machine multiplies bytes, narrow fields run over quads: four channels of one token, four tokens of one channel. A
+// row's query is rounded to 8 bits of its largest channel; a row's weights in a tile to 8 bits of the largest, each lane's
+// rounding error carried on to its next token, so that many small weights do not vanish together. Sums are integers, exact.
 #include <omp.h>
 
 #include <algorithm>
@@ -13,6 +17,7 @@
 
 #include "layer.h"
 #include "pairs.h"
+#include "quads.h"
 #include "rows.h"
 #include "simd.h"
 #include "store.h"
@@ -32,15 +37,26 @@ int64_t padded(int64_t dim) { return (dim + 31) / 32 * 32; }
 
 // Softmax state of a set of rows: numerators in the rotated basis (pages) and in the model's (copies).
 struct State {
+  int64_t width;        // floats of a row of numerators
   float *peak, *total;  // [rows]
-  float* rotated;       // [rows, dim]
-  float* plain;         // [rows, padded dim]; of every 32 channels, 16 even ones, then 16 odd ones
-  static size_t floats(int64_t rows, int64_t dim) { return rows * (2 + dim + padded(dim)); }
-  State(float* at, int64_t rows, int64_t dim) : peak(at), total(at + rows), rotated(at + 2 * rows), plain(rotated + rows * dim) {}
-  void clear(int64_t rows, int64_t dim) {
+  float* numerators;    // [rows, width], each of the following after the other
+  int64_t plain_at, quads_at;
+  static int64_t row_floats(const Layer& layer) { return layer.dim + padded(layer.dim) + layer.quad_floats; }
+  static size_t floats(int64_t rows, const Layer& layer) { return rows * (2 + row_floats(layer)); }
+  State(float* at, int64_t rows, const Layer& layer)
+      : width(row_floats(layer)),
+        peak(at),
+        total(at + rows),
+        numerators(at + 2 * rows),
+        plain_at(layer.dim),
+        quads_at(layer.dim + padded(layer.dim)) {}
+  float* rotated(int64_t r) const { return numerators + r * width; }           // [dim]
+  float* plain(int64_t r) const { return numerators + r * width + plain_at; }  // [padded dim] of 32 channels, 16 even, then 16 odd
+  float* quads(int64_t r) const { return numerators + r * width + quads_at; }  // [quad_floats] rotated, in the order of quads
+  void clear(int64_t rows) {
     std::fill(peak, peak + rows, kNone);
     std::fill(total, total + rows, 0.0f);
-    std::fill(rotated, rotated + rows * (dim + padded(dim)), 0.0f);
+    std::fill(numerators, numerators + rows * width, 0.0f);
   }
 };
 
@@ -50,8 +66,10 @@ struct Queries {
   Pair* exact;        // [rows, padded dim / 32], as they came
   float* flat;                // [rows, dim], rotated and times the fallback's width
   float* flat_center;         // [rows], with the fallback's center
+  QuadQueries quads;          // rotated and times the channels' widths and levels' steps
 
   Queries(int64_t rows, int64_t dim, vs::Carver& carver) {
+    quads.take(rows, dim, carver);
     carver.take(paged, rows * dim / 2);
     carver.take(exact, rows * padded(dim) / 32);
     carver.take(flat, rows * dim);
@@ -68,21 +86,32 @@ struct Scratch {
   PairScalar* exact_pairs;          // [rows, kTileGroups, 16] weights
   Pair* keys;                       // [dim / 2, 2] one group's keys
   Pair* values;                     // [kBlock, kTileGroups]
+  Quad* key_quads;                  // [dim / 2, 2] one group's keys
+  Quad* value_quads;                // [kQuadsAtOnce, kTileGroups]
+  Quad* paged_quads;                // [rows, kTileGroups] weights
+  float* scaled;                    // [kTile] weights times their tokens' scales
+  float* weight_step;               // [rows] of the weights' bytes
   float *vectors, *lines;           // [kTogether, dim]
   float *item, *span;               // states
   uint16_t *copies, *zeros;         // [kGroup, dim] and [dim]: bf16 rows
 
-  Scratch(int64_t dim, vs::Carver& carver) : queries(kRows, dim, carver) {
+  Scratch(const Layer& layer, vs::Carver& carver) : queries(kRows, layer.dim, carver) {
+    const int64_t dim = layer.dim;
     carver.take(scores, kRows * kTile);
     carver.take(paged, kRows * kTile);
     carver.take(paged_pairs, kRows * kTileGroups);
     carver.take(exact_pairs, kRows * kTileGroups * 16);
     carver.take(keys, dim);
     carver.take(values, kBlock * kTileGroups);
+    carver.take(key_quads, dim);
+    carver.take(value_quads, vs::kQuadsAtOnce * kTileGroups);
+    carver.take(paged_quads, kRows * kTileGroups);
+    carver.take(scaled, kTile);
+    carver.take(weight_step, kRows);
     carver.take(vectors, kTogether * dim);
     carver.take(lines, kTogether * dim);
-    carver.take(item, State::floats(kRows, dim));
-    carver.take(span, State::floats(kRows, dim));
+    carver.take(item, State::floats(kRows, layer));
+    carver.take(span, State::floats(kRows, layer));
     carver.take(copies, vs::kGroup * dim);
     carver.take(zeros, dim);
   }
@@ -191,9 +220,11 @@ class Ahead {
       }
     }
   }
-  // The item's group of pages, or any other address if there is none.
-  const uint8_t* group(int64_t first, const uint8_t* other) const {
-    return item_ && first < call_.context_lens[item_->request] ? group_of(call_, layer_, *item_, first) : other;
+  // The item's group of pages, counting positions from its first; or any other address if there is none.
+  const uint8_t* group(int64_t offset, const uint8_t* other) const {
+    if (!item_) return other;
+    const int64_t first = item_->first_tile * kTile + offset;
+    return first < call_.context_lens[item_->request] ? group_of(call_, layer_, *item_, first) : other;
   }
 
  private:
@@ -215,25 +246,31 @@ class Attention {
         dim_(layer_.dim),
         rows_(item.rows),
         pairs_(layer_.key_pairs[item.head]),
-        value_fields_(layer_.values.fields[item.head]),
+        quads_(layer_.key_quads[item.head]),
+        value_singles_(layer_.value_singles[item.head]),
+        value_quads_(layer_.value_quads[item.head]),
         next_(shape, next) {
     context_ = call_.context_lens[item.request];
     before_ = context_ - shape.queries(item.request);
     first_query_ = before_ + item.first_row / shape.group;
     last_query_ = before_ + (item.first_row + rows_ - 1) / shape.group;
     width_ = layer_.values.width.get() + item.head * dim_;
+    const int64_t groups = std::max<int64_t>(last_query_ - (call_.exact_on ? call_.recent : 0), 0) / vs::kGroup + 1;
+    pages_end_ = std::min(groups * vs::kGroup, item.last_tile * kTile);
+    key_lines_ = layer_.value_start[item.head] / vs::kVectorBytes;
+    value_lines_ = vs::kGroup * layer_.slot_bytes / vs::kVectorBytes - key_lines_;
     for (int64_t r = 0; r < rows_; r++) position_[r] = before_ + (item.first_row + r) / shape.group;
   }
 
   // Attends to the item's tiles and merges them, span by span, into the state.
   void run(State& state) {
-    State span(s_.span, rows_, dim_);
+    State span(s_.span, rows_, layer_);
     const int64_t tiles_per_span = kSpan / kTile;
     for (int64_t tile = item_.first_tile; tile < item_.last_tile;) {
       const int64_t end = std::min((tile / tiles_per_span + 1) * tiles_per_span, item_.last_tile);
-      span.clear(rows_, dim_);
+      span.clear(rows_);
       for (; tile < end; tile++) attend_tile(tile, span);
-      merge(state, span, rows_, dim_);
+      merge(state, span, rows_);
     }
   }
 
@@ -241,15 +278,14 @@ class Attention {
     for (int64_t c = 0; c < count; c += 16) store(into + c, load(into + c) * keep + load(from + c) * add);
   }
 
-  static void merge(State& into, const State& from, int64_t rows, int64_t dim) {
+  static void merge(State& into, const State& from, int64_t rows) {
     for (int64_t r = 0; r < rows; r++) {
       if (from.peak[r] == kNone) continue;
       const float most = std::max(into.peak[r], from.peak[r]);
       const float keep = exp_negative(splat(into.peak[r] - most))[0], add = exp_negative(splat(from.peak[r] - most))[0];
       into.total[r] = into.total[r] * keep + from.total[r] * add;
       into.peak[r] = most;
-      blend(into.rotated + r * dim, keep, from.rotated + r * dim, add, dim);
-      blend(into.plain + r * padded(dim), keep, from.plain + r * padded(dim), add, padded(dim));
+      blend(into.rotated(r), keep, from.rotated(r), add, into.width);
     }
   }
 
@@ -293,6 +329,7 @@ class Attention {
         }
         queries.flat_center[r] = sum(at_center);
         Pairs::scalars(line, dim, queries.paged + r, item.rows);
+        if constexpr (vs::kQuads) queries.quads.round(shape.layer, item.head, line, r, item.rows);
       }
     }
   }
@@ -305,12 +342,15 @@ class Attention {
       float share[kTogether];
       for (int64_t i = 0; i < count; i++) {
         share[i] = state.total[start + i] > 0 ? 1.0f / state.total[start + i] : 0.0f;
-        for (int64_t c = 0; c < dim; c += 16) store(s.vectors + i * dim + c, load(state.rotated + (start + i) * dim + c) * share[i]);
+        const float *rotated = state.rotated(start + i), *quads = state.quads(start + i);
+        const int32_t* place = shape.layer.quad_place.get() + item.head * dim;
+        for (int64_t c = 0; c < dim; c++)
+          s.vectors[i * dim + c] = (rotated[c] + (place[c] >= 0 ? quads[place[c]] : 0.0f)) * share[i];
       }
       products(count, s.vectors, back, dim, s.lines);
       for (int64_t i = 0; i < count; i++) {
         const int64_t row = item.first_row + start + i;
-        const float* plain = state.plain + (start + i) * padded(dim);
+        const float* plain = state.plain(start + i);
         for (int64_t c = 0; c < dim; c += 16) {
           const v16i low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
           const float* part = plain + c / 32 * 32;
@@ -326,12 +366,11 @@ class Attention {
  private:
   const uint8_t* group_at(int64_t first) const { return group_of(call_, layer_, item_, first); }
 
-  // The group of pages that comes kAhead after this one, the next item's after the last.
-  const uint8_t* group_ahead(int64_t first) const {
-    const int64_t ahead = first + kAhead * vs::kGroup;
-    const int64_t groups = std::max<int64_t>(last_query_ - (call_.exact_on ? call_.recent : 0), 0) / vs::kGroup + 1;
-    if (ahead < groups * vs::kGroup) return group_at(ahead);
-    return next_.group(std::max<int64_t>(ahead - groups * vs::kGroup, 0), group_at(first));
+  // The group of pages that comes so many positions after this one, the next item's after the last.
+  const uint8_t* group_ahead(int64_t first, int64_t distance) const {
+    const int64_t ahead = first + distance;
+    if (ahead < pages_end_) return group_at(ahead);
+    return next_.group(std::max<int64_t>(ahead - pages_end_, 0), group_at(first));
   }
 
   // Positions [low, high) as bits of a group that starts at first.
@@ -411,7 +450,7 @@ class Attention {
       exact |= any_exact[g] != 0;
       if (any_paged[g]) {
         const uint8_t* group = group_at(first);
-        page_scores(group, group_ahead(first), g, any_paged[g]);
+        page_scores(group, group_ahead(first, kAhead * vs::kGroup), g, any_paged[g]);
         value_flat_[g] = flat_mask(group + vs::kValueScales);
         for (int h = 0; h < 2; h++) value_scale_[g][h] = scales(group + vs::kValueScales + h * vs::kHalf);
       }
@@ -423,8 +462,8 @@ class Attention {
     if (exact) exact_outputs(start, groups, any_exact, state);
   }
 
-  // scores[r, group g] = scale * q . k for keys in a page, while the group at next is fetched: pages are scattered over the
-  // pool, so that no hardware sees the next one coming.
+  // scores[r, group g] = scale * q . k for keys in a page, while those of the group at next are fetched: pages are scattered
+  // over the pool, so that no hardware sees the next one coming.
   void page_scores(const uint8_t* group, const uint8_t* next, int g, uint32_t wanted) {
     const uint8_t* words = group + layer_.key_start[item_.head];
     const v16f scale[2] = {scales(group) * call_.scale, scales(group + vs::kHalf) * call_.scale};
@@ -440,12 +479,18 @@ class Attention {
       default: {
         const int64_t half = layer_.key_half[item_.head];
         int64_t count = 0;
+        const Quad table = Quads::table(layer_.byte_levels, 128);
+        for (size_t i = 0; i < quads_.size(); i++) {
+          s_.key_quads[2 * i] = Quads::expand(quads_[i], words + quads_[i].offset, table);
+          s_.key_quads[2 * i + 1] = Quads::expand(quads_[i], words + half + quads_[i].offset, table);
+          __builtin_prefetch(next + i * vs::kVectorBytes, 0, 3);
+        }
         for (const vs::Field& field : pairs_.fields) {
           const Pairs::Table table = Pairs::table(field);
           s_.keys[2 * count] = Pairs::expand_any(table, words + field.offset);
           s_.keys[2 * count + 1] = Pairs::expand_any(table, words + half + field.offset);
           pair_of_[count++] = static_cast<int16_t>(field.channel);
-          __builtin_prefetch(next + count * vs::kVectorBytes, 0, 3);
+          __builtin_prefetch(next + (quads_.size() + count) * vs::kVectorBytes, 0, 3);
         }
         matrix_scores(q_.paged, count, scale, g);
       }
@@ -456,24 +501,37 @@ class Attention {
   template <int R>
   void fused_scores(const uint8_t* words, const uint8_t* next, const v16f* scale, int g) {
     v16f sums[R][2];
-    clear<2 * R>(&sums[0][0]);
     const vs::Field* fields = pairs_.fields.data();
-    const int64_t count = pairs_.fields.size(), narrow = pairs_.narrow;
+    const int64_t count = pairs_.fields.size(), narrow = pairs_.narrow, quads = quads_.size();
     const uint8_t* upper = words + layer_.key_half[item_.head];
     const PairScalar* queries = q_.paged;
-    const int64_t lines = vs::kGroup * layer_.slot_bytes / vs::kVectorBytes;
+    int64_t line = 0;  // of the group to come that is fetched next
+    if constexpr (vs::kQuads) {
+      const Quad table = Quads::table(layer_.byte_levels, 128);
+      Quad counts[R][2];
+      start_counts<R>(0, counts);
+      for (; line < quads; line++) {
+        const vs::Quad& quad = quads_[line];
+        add_counts<R>(Quads::expand(quad, words + quad.offset, table), Quads::expand(quad, upper + quad.offset, table),
+                      q_.quads.bytes + line * R, counts);
+        __builtin_prefetch(next + line * vs::kVectorBytes, 0, 3);
+      }
+      end_counts<R>(0, counts, sums);
+    } else {
+      clear<2 * R>(&sums[0][0]);
+    }
     for (int64_t i = 0; i < narrow; i++) {
       const Pairs::Table table = Pairs::table(fields[i]);
       add_scores<R>(Pairs::expand(table, words + fields[i].offset), Pairs::expand(table, upper + fields[i].offset),
                     queries + fields[i].channel * R, sums);
-      __builtin_prefetch(next + i * vs::kVectorBytes, 0, 3);
+      __builtin_prefetch(next + line++ * vs::kVectorBytes, 0, 3);
     }
     for (int64_t i = narrow; i < count; i++) {
       const Pairs::Table table = Pairs::table(fields[i]);
       add_scores<R>(Pairs::expand_any(table, words + fields[i].offset), Pairs::expand_any(table, upper + fields[i].offset),
                     queries + fields[i].channel * R, sums);
     }
-    for (int64_t i = narrow; i < lines; i++) __builtin_prefetch(next + i * vs::kVectorBytes, 0, 3);
+    for (; line < key_lines_; line++) __builtin_prefetch(next + line * vs::kVectorBytes, 0, 3);
     for (int r = 0; r < R; r++)
       for (int h = 0; h < 2; h++) store(s_.scores + r * kTile + g * vs::kGroup + h * vs::kHalf, sums[r][h] * scale[h]);
   }
@@ -488,7 +546,29 @@ class Attention {
     }
   }
 
-  // For a group whose pairs lie in s_.keys; pair_of_ tells which of the query's pairs each one meets.
+  // Sums over quads, of R rows from the first on: what they start with, what they come to, and one quad of both halves.
+  template <int R>
+  VS_INLINE void start_counts(int64_t first, Quad (*counts)[2]) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) counts[r][0] = counts[r][1] = splat(q_.quads.bias[first + r]);
+  }
+  template <int R>
+  static VS_INLINE void add_counts(Quad a, Quad b, const uint32_t* query, Quad (*counts)[2]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Quad q = splat(static_cast<int32_t>(query[r]));
+      counts[r][0] = Quads::dot(counts[r][0], a, q);
+      counts[r][1] = Quads::dot(counts[r][1], b, q);
+    }
+  }
+  template <int R>
+  VS_INLINE void end_counts(int64_t first, const Quad (*counts)[2], v16f (*sums)[2]) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+      for (int h = 0; h < 2; h++) sums[r][h] = Quads::opaque(Quads::numbers(counts[r][h]) * q_.quads.step[first + r]);
+  }
+
+  // For a group whose quads and pairs lie in s_.key_quads and s_.keys; pair_of_ tells which of the query's pairs each one meets.
   void matrix_scores(const PairScalar* query, int64_t count, const v16f* scale, int g) {
     int64_t r = 0;
     for (; r + 8 <= rows_; r += 8) matrix_rows<8>(query, r, count, scale, g);
@@ -499,7 +579,15 @@ class Attention {
   template <int R>
   void matrix_rows(const PairScalar* query, int64_t first, int64_t count, const v16f* scale, int g) {
     v16f sums[R][2];
-    clear<2 * R>(&sums[0][0]);
+    if constexpr (vs::kQuads) {
+      Quad counts[R][2];
+      start_counts<R>(first, counts);
+      for (int64_t i = 0; i < static_cast<int64_t>(quads_.size()); i++)
+        add_counts<R>(s_.key_quads[2 * i], s_.key_quads[2 * i + 1], q_.quads.bytes + i * rows_ + first, counts);
+      end_counts<R>(first, counts, sums);
+    } else {
+      clear<2 * R>(&sums[0][0]);
+    }
     for (int64_t i = 0; i < count; i++) {
       const Pair a = s_.keys[2 * i], b = s_.keys[2 * i + 1];
       add_scores<R>(a, b, query + pair_of_[i] * rows_ + first, sums);
@@ -623,6 +711,13 @@ class Attention {
     v16f most = splat(kNone);
     uint32_t visible[kTileGroups], exact[kTileGroups];
     for (int g = 0; g < groups; g++) {
+      if (whole_[g] && call_.soft_cap <= 0) {
+        visible[g] = ~0u;
+        exact[g] = 0;
+        const float* at = scores + g * vs::kGroup;
+        most = larger(most, larger(load(at), load(at + vs::kHalf)));
+        continue;
+      }
       const int64_t first = start + g * vs::kGroup;
       visible[g] = whole_[g] ? ~0u : seen(r, first);
       exact[g] = whole_[g] ? 0 : visible[g] & copies[g] & near(r, first);
@@ -640,6 +735,7 @@ class Attention {
       for (int g = 0; g < groups; g++) {
         const v16f zero = {};
         s_.paged_pairs[r * kTileGroups + g] = Pairs::of(zero, zero);
+        s_.paged_quads[r * kTileGroups + g] = Quad{};
         Pairs::spread(Pairs::of(zero, zero), s_.exact_pairs + (r * kTileGroups + g) * 16);
         for (int h = 0; h < 2; h++) store(s_.paged + r * kTile + g * vs::kGroup + h * vs::kHalf, zero);
       }
@@ -648,8 +744,21 @@ class Attention {
     const float now = std::max(state.peak[r], tile_peak);
     const float keep = exp_negative(splat(state.peak[r] - now))[0];
     state.peak[r] = now;
-    v16f total = {};
+    v16f total = {}, largest = {};
+    const bool pairs = !value_singles_.fields.empty();
     for (int g = 0; g < groups; g++) {
+      if (vs::kQuads && whole_[g] && !value_flat_[g]) {
+        v16f scaled[2];
+        for (int h = 0; h < 2; h++) {
+          const v16f weight = exp_negative(load(scores + g * vs::kGroup + h * vs::kHalf) - now);
+          total = total + weight;
+          scaled[h] = weight * value_scale_[g][h];
+          store(s_.scaled + g * vs::kGroup + h * vs::kHalf, scaled[h]);
+          largest = larger(largest, scaled[h]);
+        }
+        if (pairs) s_.paged_pairs[r * kTileGroups + g] = Pairs::of(scaled[0], scaled[1]);
+        continue;
+      }
       v16f paged[2], copied[2];
       for (int h = 0; h < 2; h++) {
         const int64_t at = g * vs::kGroup + h * vs::kHalf;
@@ -663,16 +772,37 @@ class Attention {
         for (int h = 0; h < 2; h++) {
           store(s_.paged + r * kTile + g * vs::kGroup + h * vs::kHalf, paged[h]);
           paged[h] = select(lanes(value_flat_[g] >> 16 * h), v16f{}, paged[h] * value_scale_[g][h]);
+          if constexpr (vs::kQuads) {
+            store(s_.scaled + g * vs::kGroup + h * vs::kHalf, paged[h]);
+            largest = larger(largest, paged[h]);
+          }
         }
-        s_.paged_pairs[r * kTileGroups + g] = Pairs::of(paged[0], paged[1]);
+        if (pairs) s_.paged_pairs[r * kTileGroups + g] = Pairs::of(paged[0], paged[1]);
       }
       if (any_exact[g]) Pairs::spread(Pairs::of(copied[0], copied[1]), s_.exact_pairs + (r * kTileGroups + g) * 16);
     }
+    if constexpr (vs::kQuads) to_bytes(r, groups, any_paged, peak(largest));
     state.total[r] = state.total[r] * keep + sum(total);
     if (keep != 1.0f) {
-      float *rotated = state.rotated + r * dim_, *plain = state.plain + r * padded(dim_);
-      for (int64_t c = 0; c < dim_; c += 16) store(rotated + c, load(rotated + c) * keep);
-      for (int64_t c = 0; c < padded(dim_); c += 16) store(plain + c, load(plain + c) * keep);
+      float* row = state.rotated(r);
+      for (int64_t c = 0; c < state.width; c += 16) store(row + c, load(row + c) * keep);
+    }
+  }
+
+  // The r-th row's scaled weights as quads of bytes, of which the largest weight is 254.
+  void to_bytes(int64_t r, int groups, const uint32_t* any_paged, float largest) {
+    const float inverse = largest > 0 ? 254 / largest : 0.0f;
+    s_.weight_step[r] = largest / 254;
+    v16f carried[2] = {};
+    for (int g = 0; g < groups; g++) {
+      if (!any_paged[g]) continue;
+      Quad bytes[2];
+      for (int h = 0; h < 2; h++) {
+        const v16f x = load(s_.scaled + g * vs::kGroup + h * vs::kHalf) * inverse + carried[h];
+        bytes[h] = Quads::rounded(x);
+        carried[h] = x - Quads::numbers(bytes[h]);
+      }
+      s_.paged_quads[r * kTileGroups + g] = Quads::spread(bytes[0], bytes[1]);
     }
   }
 
@@ -688,10 +818,79 @@ class Attention {
     int active[kTileGroups], count = 0;
     const uint8_t* words[kTileGroups];
     for (int g = 0; g < groups; g++) {
+      const int64_t first = start + g * vs::kGroup;
+      next_values_[g] = group_ahead(first, kTile) + key_lines_ * vs::kVectorBytes;
       if (!any_paged[g]) continue;
       active[count] = g;
-      words[count++] = group_at(start + g * vs::kGroup) + layer_.value_start[item_.head];
+      words[count++] = group_at(first) + layer_.value_start[item_.head];
     }
+    if constexpr (vs::kQuads) quad_outputs(active, count, words, state);
+    if (!value_singles_.fields.empty()) pair_outputs(active, count, words, state);
+    flat_outputs(start, groups, any_paged, state);
+  }
+
+  // Channels in quads, kQuadsAtOnce of them together.
+  void quad_outputs(const int* active, int count, const uint8_t* const* words, State& state) {
+    int64_t line = 0;
+    for (size_t first = 0; first < value_quads_.size(); first += vs::kQuadsAtOnce) {
+      const vs::Quad* quads = value_quads_.data() + first;
+      const int64_t end = value_lines_ * (first + vs::kQuadsAtOnce) / value_quads_.size();
+      for (int k = 0; k < count; k++)
+        for (int64_t i = line; i < end; i++) __builtin_prefetch(next_values_[active[k]] + i * vs::kVectorBytes, 0, 2);
+      line = end;
+      switch (rows_) {
+        case 1: quad_rows<1, false>(quads, 0, active, count, words, state); continue;
+        case 2: quad_rows<2, false>(quads, 0, active, count, words, state); continue;
+        case 3: quad_rows<3, false>(quads, 0, active, count, words, state); continue;
+        case 4: quad_rows<4, false>(quads, 0, active, count, words, state); continue;
+      }
+      const Quad table = Quads::table(layer_.byte_levels, 0);
+      for (int j = 0; j < vs::kQuadsAtOnce; j++)
+        for (int k = 0; k < count; k++)
+          s_.value_quads[j * kTileGroups + k] = Quads::expand(quads[j], words[k] + quads[j].offset, table);
+      int64_t r = 0;
+      for (; r + 4 <= rows_; r += 4) quad_rows<4, true>(quads, r, active, count, words, state);
+      switch (rows_ - r) {
+        case 1: quad_rows<1, true>(quads, r, active, count, words, state); break;
+        case 2: quad_rows<2, true>(quads, r, active, count, words, state); break;
+        case 3: quad_rows<3, true>(quads, r, active, count, words, state); break;
+      }
+    }
+  }
+
+  template <int R, bool kExpanded>
+  void quad_rows(const vs::Quad* quads, int64_t first, const int* active, int count, const uint8_t* const* words, State& state) {
+    constexpr int kWidth = vs::kQuadsAtOnce;
+    const Quad table = Quads::table(layer_.byte_levels, 0);
+    Quad counts[16];  // [row][quad]
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) counts[i] = Quad{};
+    const Quad* weights = s_.paged_quads + first * kTileGroups;
+    for (int k = 0; k < count; k++) {
+      Quad level[kWidth];
+#pragma GCC unroll 4
+      for (int j = 0; j < kWidth; j++)
+        level[j] = kExpanded ? s_.value_quads[j * kTileGroups + k] : Quads::expand(quads[j], words[k] + quads[j].offset, table);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const Quad weight = weights[r * kTileGroups + active[k]];
+#pragma GCC unroll 4
+        for (int j = 0; j < kWidth; j++) counts[r * kWidth + j] = Quads::dot(counts[r * kWidth + j], weight, level[j]);
+      }
+    }
+    // In registers until here: an array that is indexed at run time would live in memory.
+    alignas(64) float found[32];  // [row][quad][member]
+    store(found, Quads::numbers(sums_but_last(counts)));
+    if (R > 2) store(found + 16, Quads::numbers(sums_but_last(counts + 8)));
+    const int64_t at = 2 * (quads - value_quads_.data());
+    const v8f step = load_half(layer_.quad_steps.get() + item_.head * layer_.quad_floats + at);
+    for (int r = 0; r < R; r++) {
+      float* out = state.quads(first + r) + at;
+      store_half(out, load_half(found + 8 * r) * (step * s_.weight_step[first + r]) + load_half(out));
+    }
+  }
+
+  void pair_outputs(const int* active, int count, const uint8_t* const* words, State& state) {
     switch (rows_) {
       case 1: fused_outputs<1>(active, count, words, state); break;
       case 2: fused_outputs<2>(active, count, words, state); break;
@@ -703,35 +902,35 @@ class Attention {
       case 8: fused_outputs<8>(active, count, words, state); break;
       default: matrix_outputs(active, count, words, state);
     }
-    flat_outputs(start, groups, any_paged, state);
   }
 
   template <int R>
   void fused_outputs(const int* active, int count, const uint8_t* const* words, State& state) {
     constexpr int kChannels = R <= 4 ? 4 : 2, kSlots = 16 / kChannels;
-    for (int64_t c = 0; c < dim_; c += kChannels) {
-      int any = 0, widest = 0;
+    const std::vector<vs::Field>& fields = value_singles_.fields;
+    const int64_t total = fields.size();
+    for (int64_t start = 0; start < total; start += kChannels) {
       Pairs::Table table[kChannels];
+      int64_t offset[kChannels];
       for (int i = 0; i < kChannels; i++) {
-        any |= value_fields_[c + i].bits;
-        widest = std::max(widest, value_fields_[c + i].bits);
-        table[i] = Pairs::table(value_fields_[c + i]);
+        const vs::Field& field = fields[std::min(start + i, total - 1)];
+        table[i] = Pairs::table(field);
+        offset[i] = field.offset;
       }
-      if (!any) continue;
       v16f sums_of[16];  // [row][channel]
       clear<16>(sums_of);
-      const int64_t offset[4] = {value_fields_[c].offset, value_fields_[c + 1].offset, value_fields_[c + 2 % kChannels].offset,
-                                 value_fields_[c + 3 % kChannels].offset};
-      if (widest <= vs::kNarrow)
+      if (start + kChannels <= value_singles_.narrow)
         add_products<R, kChannels, false>(table, offset, active, count, words, sums_of);
       else
         add_products<R, kChannels, true>(table, offset, active, count, words, sums_of);
       alignas(64) float added[16];
       store(added, sums(sums_of));
-      for (int r = 0; r < std::min<int64_t>(kSlots, rows_); r++) {
-        float* out = state.rotated + r * dim_ + c;
-        for (int i = 0; i < kChannels; i++) out[i] = added[r * kChannels + i] * width_[c + i] + out[i];
-      }
+      for (int r = 0; r < std::min<int64_t>(kSlots, rows_); r++)
+        for (int i = 0; i < std::min<int64_t>(kChannels, total - start); i++) {
+          const int32_t c = fields[start + i].channel;
+          float& out = state.rotated(r)[c];
+          out = added[r * kChannels + i] * width_[c] + out;
+        }
     }
   }
 
@@ -754,14 +953,24 @@ class Attention {
   }
 
   void matrix_outputs(const int* active, int count, const uint8_t* const* words, State& state) {
-    for (int64_t c = 0; c < dim_; c += kBlock) {
-      for (int i = 0; i < kBlock; i++) {
-        const Pairs::Table table = Pairs::table(value_fields_[c + i]);
+    const std::vector<vs::Field>& fields = value_singles_.fields;
+    const int64_t total = fields.size();
+    for (int64_t start = 0; start < total; start += kBlock) {
+      const int64_t channels = std::min<int64_t>(kBlock, total - start);
+      for (int i = 0; i < channels; i++) {
+        const Pairs::Table table = Pairs::table(fields[start + i]);
         for (int k = 0; k < count; k++)
-          s_.values[i * kTileGroups + k] = Pairs::expand_any(table, words[k] + value_fields_[c + i].offset);
+          s_.values[i * kTileGroups + k] = Pairs::expand_any(table, words[k] + fields[start + i].offset);
       }
-      for (int64_t r = 0; r < rows_; r++)
-        add_outputs(s_.values, s_.paged_pairs + r * kTileGroups, active, count, width_ + c, state.rotated + r * dim_ + c);
+      for (int64_t r = 0; r < rows_; r++) {
+        alignas(64) float added[16];
+        store(added, row_sums(s_.values, s_.paged_pairs + r * kTileGroups, active, count));
+        for (int i = 0; i < channels; i++) {
+          const int32_t c = fields[start + i].channel;
+          float& out = state.rotated(r)[c];
+          out = added[i] * width_[c] + out;
+        }
+      }
     }
   }
 
@@ -788,12 +997,12 @@ class Attention {
     const int64_t parts = padded(dim_) / 32;
     const PairScalar* weights = s_.exact_pairs + (first * kTileGroups + g) * 16;
     for (int64_t part = 0; part < parts; part++) {
-      float* out = state.plain + first * parts * 32 + part * 32;
+      float* out = state.plain(first) + part * 32;
       v16f even[R], odd[R];
 #pragma GCC unroll 4
       for (int i = 0; i < R; i++) {
-        even[i] = load(out + i * parts * 32);
-        odd[i] = load(out + i * parts * 32 + 16);
+        even[i] = load(out + i * state.width);
+        odd[i] = load(out + i * state.width + 16);
       }
       for (uint32_t left = tokens; left; left &= left - 1) {
         const int t = __builtin_ctz(left);
@@ -808,14 +1017,14 @@ class Attention {
       }
 #pragma GCC unroll 4
       for (int i = 0; i < R; i++) {
-        store(out + i * parts * 32, even[i]);
-        store(out + i * parts * 32 + 16, odd[i]);
+        store(out + i * state.width, even[i]);
+        store(out + i * state.width + 16, odd[i]);
       }
     }
   }
 
-  // out[16 channels] += width * sum over groups and tokens of values * weights.
-  VS_INLINE void add_outputs(const Pair* values, const Pair* weights, const int* active, int count, const float* width, float* out) {
+  // For 16 channels, the sum over groups and tokens of values * weights.
+  static VS_INLINE v16f row_sums(const Pair* values, const Pair* weights, const int* active, int count) {
     v16f sums_of[16];
     clear<16>(sums_of);
     for (int k = 0; k < count; k++) {
@@ -823,8 +1032,7 @@ class Attention {
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) sums_of[i] = Pairs::dot(sums_of[i], values[i * kTileGroups + k], weight);
     }
-    const v16f added = sums(sums_of);
-    store(out, added * load(width) + load(out));
+    return sums(sums_of);
   }
 
   // The fallback's values of a tile, one by one.
@@ -843,7 +1051,7 @@ class Attention {
           store(s_.vectors + c, load(s_.vectors + c) * load(flat_width + c) * scale + load(center + c));
         for (int64_t r = 0; r < rows_; r++) {
           const float weight = s_.paged[r * kTile + g * vs::kGroup + lane];
-          float* out = state.rotated + r * dim_;
+          float* out = state.rotated(r);
           for (int64_t c = 0; c < dim_; c += 16) store(out + c, load(s_.vectors + c) * weight + load(out + c));
         }
       }
@@ -857,13 +1065,18 @@ class Attention {
   const Queries& q_;
   Scratch& s_;
   const int64_t dim_, rows_;
-  const vs::KeyPairs& pairs_;
-  const std::vector<vs::Field>& value_fields_;
+  const vs::Singles& pairs_;
+  const std::vector<vs::Quad>& quads_;
+  const vs::Singles& value_singles_;
+  const std::vector<vs::Quad>& value_quads_;
   Ahead next_;
   int64_t context_, before_, first_query_, last_query_;
+  int64_t pages_end_;              // where this item's pages end: positions from here on are the next item's, or exact
+  int64_t key_lines_, value_lines_;  // cache lines of a group, the scales counted with the keys
   const float* width_;
   int16_t pair_of_[256];
   int64_t position_[kRows];
+  const uint8_t* next_values_[kTileGroups];  // those of the tile to come
   int32_t copy_lines_[kTileGroups][vs::kGroup];  // where copies lie in the pool, counting lines of dim
   v16f value_scale_[kTileGroups][2];
   uint32_t value_flat_[kTileGroups];
@@ -911,11 +1124,11 @@ struct Plan {
 struct Shared {
   std::vector<Queries> queries;  // of each cut block
   std::vector<float*> states;    // of each span
-  Shared(const Plan& plan, int64_t dim, vs::Carver& carver) {
-    for (const Item& item : plan.cut) queries.emplace_back(item.rows, dim, carver);
+  Shared(const Plan& plan, const Layer& layer, vs::Carver& carver) {
+    for (const Item& item : plan.cut) queries.emplace_back(item.rows, layer.dim, carver);
     for (const Item& item : plan.spans) {
       states.emplace_back();
-      carver.take(states.back(), State::floats(item.rows, dim));
+      carver.take(states.back(), State::floats(item.rows, layer));
     }
   }
 };
@@ -931,18 +1144,18 @@ int64_t vs_step(const Layer* layer_pointer, const StepCall* call_pointer) {
   const int64_t stored = vs::store_units(layer, call), written = (call.num_writes + kWrites - 1) / kWrites;
   vs::Carver counter(nullptr);
   vs::StoreScratch(layer, counter);
-  Scratch(dim, counter);
+  Scratch(layer, counter);
   const size_t each = counter.used();
-  Shared(plan, dim, counter);
+  Shared(plan, layer, counter);
   const int64_t needed = (call.num_threads - 1) * each + counter.used();
   if (needed > call.workspace_bytes) return needed;
   vs::Carver carver(call.workspace + call.num_threads * each);
-  Shared shared(plan, dim, carver);
+  Shared shared(plan, layer, carver);
 #pragma omp parallel num_threads(call.num_threads)
   {
     vs::Carver own(call.workspace + omp_get_thread_num() * each);
     vs::StoreScratch store_scratch(layer, own);
-    Scratch scratch(dim, own);
+    Scratch scratch(layer, own);
     std::fill(scratch.zeros, scratch.zeros + dim, uint16_t{0});
     // Before anything is read: a request of this step may share a prefix that another one is just writing.
 #pragma omp for schedule(dynamic, 1)
@@ -959,14 +1172,15 @@ int64_t vs_step(const Layer* layer_pointer, const StepCall* call_pointer) {
     for (int64_t i = 0; i < spans + blocks; i++) {
       if (i < spans) {
         const Item& item = plan.spans[i];
-        State state(shared.states[i], item.rows, dim);
-        state.clear(item.rows, dim);
-        Attention(shape, item, shared.queries[plan.block_of[i]], scratch, nullptr).run(state);
+        State state(shared.states[i], item.rows, layer);
+        state.clear(item.rows);
+        const Item* next = i + call.num_threads < spans ? &item + call.num_threads : nullptr;
+        Attention(shape, item, shared.queries[plan.block_of[i]], scratch, next).run(state);
         continue;
       }
       const Item& item = plan.blocks[i - spans];
-      State state(scratch.item, item.rows, dim);
-      state.clear(item.rows, dim);
+      State state(scratch.item, item.rows, layer);
+      state.clear(item.rows);
       const bool more = i - spans + call.num_threads < blocks;
       Attention::prepare(shape, item, scratch.queries, scratch);
       Attention(shape, item, scratch.queries, scratch, more ? &item + call.num_threads : nullptr).run(state);
@@ -976,10 +1190,10 @@ int64_t vs_step(const Layer* layer_pointer, const StepCall* call_pointer) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < cut; i++) {
         const Item& item = plan.cut[i];
-        State state(scratch.item, item.rows, dim);
-        state.clear(item.rows, dim);
+        State state(scratch.item, item.rows, layer);
+        state.clear(item.rows);
         for (int64_t k = plan.first_span[i]; k < plan.first_span[i + 1]; k++)
-          Attention::merge(state, State(shared.states[k], item.rows, dim), item.rows, dim);
+          Attention::merge(state, State(shared.states[k], item.rows, layer), item.rows);
         Attention::finish(shape, item, state, scratch);
       }
     }

@@ -13,7 +13,11 @@ const char* vs_machine_isas() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return "avx512_bf16,avx512,avx2,portable";
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+  if (vnni && bf16) return "avx512_vnni_bf16,avx512_vnni,avx512_bf16,avx512,avx2,portable";
+  if (vnni) return "avx512_vnni,avx512,avx2,portable";
+  if (bf16) return "avx512_bf16,avx512,avx2,portable";
   if (avx512) return "avx512,avx2,portable";
   if (avx2) return "avx2,portable";
 #endif

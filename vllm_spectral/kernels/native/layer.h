@@ -1,7 +1,10 @@
 // What a kernel needs to know of one layer: a copy of the caller's description, and tables derived from it.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -47,10 +50,26 @@ struct Field {
   const float* levels;
 };
 
-// Pairs of channels of a key that have bits; narrow ones, whose levels fit one vector register, first.
-struct KeyPairs {
-  std::vector<Field> fields;  // channel: of the pair, counting pairs
+// Fields that are expanded one by one; narrow ones, whose levels fit one vector register, first.
+struct Singles {
+  std::vector<Field> fields;  // channel: of the pair, counting pairs, for keys
   int64_t narrow = 0;
+};
+
+// Whether narrow fields are expanded to bytes, two of the same vector of words at once; see quads.h.
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#define VS_QUADS
+constexpr bool kQuads = true;
+#else
+constexpr bool kQuads = false;
+#endif
+constexpr int kByteLevels = 64;   // the entry of code c of b bits is 2 ** b + c; entry 0 is 0
+constexpr int kQuadsAtOnce = 4;   // lists of values' quads are filled up with empty ones to multiples of it
+
+// Two fields of one vector of words: of a key two pairs of channels, of a value two channels.
+struct Quad {
+  uint64_t places = 0, mask = 0, mark = 0;  // of each byte of 64 bits: its field's lowest bit, its code's bits, 2 ** bits
+  int32_t offset = 0, members[2] = {-1, -1};  // members: a key's pairs, counting pairs, or a value's channels; -1: none
 };
 
 // A codebook's boundaries in the order in which a binary search meets them: those of depth d, 2 ** d of them, by the d bits
@@ -122,7 +141,13 @@ struct Layer {
   int64_t heads, dim, slot_bytes, max_bits;
   vs::Coding keys, values;
   std::vector<int32_t> key_start, key_half, value_start;
-  std::vector<vs::KeyPairs> key_pairs;  // per head
+  std::vector<vs::Singles> key_pairs, value_singles;        // per head: what no quad holds
+  std::vector<std::vector<vs::Quad>> key_quads, value_quads;  // per head
+  vs::Array<int8_t> byte_levels;          // [kByteLevels]
+  int64_t quad_floats = 0;           // two of each quad of values, of the head that has most, in whole vectors
+  vs::Array<float> key_steps;      // [H, D] one step of a byte level; 0: in no quad
+  vs::Array<float> quad_steps;     // [H, quad_floats] the same times the width, of values in the order of quads
+  vs::Array<int32_t> quad_place;   // [H, D] of values' channels in that order; -1: in no quad
   vs::Array<float> levels;  // [max_bits + 1][row]
   int64_t row;              // floats per row
   vs::Array<float> edges;   // [max_bits + 1][vs::kEdges]: codebooks' boundaries by depth of a binary search
@@ -141,6 +166,9 @@ struct Layer {
         key_start(spec.key_start, spec.key_start + heads),
         key_half(spec.key_half, spec.key_half + heads),
         value_start(spec.value_start, spec.value_start + heads),
+        byte_levels(vs::kByteLevels),
+        key_steps(heads * dim),
+        quad_place(heads * dim),
         levels(spec.levels, (max_bits + 1) << max_bits),
         row(1 << max_bits),
         edges((max_bits + 1) * vs::kEdges),
@@ -158,18 +186,41 @@ struct Layer {
             field.pairs = pair_tables.get() + field.bits * pair_row();
             field.levels = levels.get() + field.bits * row;
           }
-    for (int64_t head = 0; head < heads; head++) {
-      vs::KeyPairs pairs;
-      for (const bool wide : {false, true}) {
-        for (int64_t j = 0; j < dim / 2; j++) {
-          vs::Field field = keys.fields[head][2 * j];
-          field.channel = static_cast<int32_t>(j);
-          if (field.bits && (field.bits > vs::kNarrow) == wide) pairs.fields.push_back(field);
-        }
-        if (!wide) pairs.narrow = static_cast<int64_t>(pairs.fields.size());
+    // One step for all widths: a step for each would fit the levels of narrow fields better, but spread the query wider.
+    const int64_t widest = std::min<int64_t>(vs::kNarrow, max_bits);
+    float most = 0;
+    for (int code = 0; code < 1 << widest; code++) most = std::max(most, std::abs(levels[widest * row + code]));
+    for (int64_t bits = 1; bits <= widest; bits++)
+      for (int code = 0; code < 1 << bits; code++) {
+        const float level = std::round(levels[bits * row + code] * 127 / most);
+        byte_levels[(1 << bits) + code] = static_cast<int8_t>(std::clamp(level, -127.0f, 127.0f));
       }
-      key_pairs.push_back(pairs);
+    for (int64_t head = 0; head < heads; head++) {
+      std::vector<vs::Field> pairs, channels;
+      for (int64_t c = 0; c < dim; c++) {
+        const vs::Field &key = keys.fields[head][c], &value = values.fields[head][c];
+        if (key.bits && c % 2 == 0) {
+          pairs.push_back(key);
+          pairs.back().channel /= 2;
+        }
+        if (value.bits) channels.push_back(value);
+        if (vs::kQuads && key.bits <= vs::kNarrow) key_steps[head * dim + c] = key.bits ? most / 127 : 0.0f;
+      }
+      key_quads.push_back(quads(pairs, true));
+      value_quads.push_back(quads(channels, false));
+      key_pairs.push_back(singles(pairs));
+      value_singles.push_back(singles(channels));
+      quad_floats = std::max<int64_t>(quad_floats, (2 * value_quads.back().size() + 15) / 16 * 16);
     }
+    quad_steps = vs::Array<float>(heads * quad_floats);
+    std::fill(quad_place.get(), quad_place.get() + heads * dim, -1);
+    for (int64_t head = 0; head < heads; head++)
+      for (size_t i = 0; i < 2 * value_quads[head].size(); i++) {
+        const int32_t channel = value_quads[head][i / 2].members[i % 2];
+        if (channel < 0) continue;
+        quad_steps[head * quad_floats + i] = most / 127 * values.width[head * dim + channel];
+        quad_place[head * dim + channel] = static_cast<int32_t>(i);
+      }
     for (int64_t bits = 1; bits <= max_bits; bits++)
       for (int depth = 0; depth < bits; depth++)
         for (int64_t i = 0; i < int64_t{1} << depth; i++)
@@ -185,10 +236,49 @@ struct Layer {
       }
   }
 
+  // The narrow ones of a head's fields, two by two from the same vector of words where it has two.
+  static std::vector<vs::Quad> quads(const std::vector<vs::Field>& fields, bool keys) {
+    std::vector<vs::Quad> found;
+    if (!vs::kQuads) return found;
+    std::map<int32_t, std::vector<vs::Field>> by_vector;
+    for (const vs::Field& field : fields)
+      if (field.bits <= vs::kNarrow) by_vector[field.offset].push_back(field);
+    for (const auto& entry : by_vector)
+      for (size_t i = 0; i < entry.second.size(); i += 2) {
+        vs::Quad quad;
+        quad.offset = entry.first;
+        for (size_t half = 0; half < 2 && i + half < entry.second.size(); half++) {
+          const vs::Field& field = entry.second[i + half];
+          quad.members[half] = field.channel;
+          for (int k = 0; k < 4; k++) {
+            // A key's 64 bits are two tokens of two words, a value's one word of four tokens.
+            const int byte = keys ? k / 2 * 4 + 2 * half + k % 2 : 4 * half + k;
+            quad.places |= static_cast<uint64_t>(field.shift + 16 * k) << 8 * byte;
+            quad.mask |= ((uint64_t{1} << field.bits) - 1) << 8 * byte;
+            quad.mark |= uint64_t{1} << field.bits << 8 * byte;
+          }
+        }
+        found.push_back(quad);
+      }
+    while (!keys && found.size() % vs::kQuadsAtOnce) found.emplace_back();
+    return found;
+  }
+
+  // All others, narrow ones first.
+  static vs::Singles singles(const std::vector<vs::Field>& fields) {
+    vs::Singles found;
+    for (const bool wide : {false, true}) {
+      for (const vs::Field& field : fields)
+        if ((field.bits > vs::kNarrow) == wide && (wide || !vs::kQuads)) found.fields.push_back(field);
+      if (!wide) found.narrow = static_cast<int64_t>(found.fields.size());
+    }
+    return found;
+  }
+
   int64_t pair_row() const { return (row > 32 ? row : 32) / 2; }  // 32-bit units
 
   size_t bytes() const {
-    return keys.bytes() + values.bytes() + levels.bytes() + edges.bytes() + pair_tables.bytes() + scales.bytes() +
+    return keys.bytes() + values.bytes() + byte_levels.bytes() + key_steps.bytes() + quad_steps.bytes() + quad_place.bytes() + levels.bytes() + edges.bytes() + pair_tables.bytes() + scales.bytes() +
            inverse_scales.bytes() + scale_bounds.bytes();
   }
 };

@@ -24,6 +24,12 @@ VS_INLINE v16f splat(float x) { return v16f{} + x; }
 VS_INLINE v16i splat(int32_t x) { return v16i{} + x; }
 VS_INLINE v16f load(const float* p) { return *reinterpret_cast<const v16f_u*>(p); }
 VS_INLINE void store(float* p, v16f x) { *reinterpret_cast<v16f_u*>(p) = x; }
+VS_INLINE v8f load_half(const float* p) {
+  v8f x;
+  memcpy(&x, p, sizeof(x));
+  return x;
+}
+VS_INLINE void store_half(float* p, v8f x) { memcpy(p, &x, sizeof(x)); }
 VS_INLINE v16i load_integers(const int32_t* p) { return *reinterpret_cast<const v16i_u*>(p); }
 VS_INLINE void store_integers(int32_t* p, v16i x) { *reinterpret_cast<v16i_u*>(p) = x; }
 VS_INLINE v16u load_words(const void* p) { return *static_cast<const v16u*>(p); }
@@ -123,8 +129,8 @@ VS_INLINE void clear(v16f* vectors) {
 }
 
 // Sums of 16 vectors, lane by lane pairs first: out[i] is the sum of rows[i], in an order that is the same for all i.
-template <int kDistance>
-VS_INLINE v16f fold(v16f a, v16f b) {
+template <int kDistance, typename V>
+VS_INLINE V fold(V a, V b) {
   v16i low, high;
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) {
@@ -143,6 +149,15 @@ VS_INLINE v16f sums(v16f* rows) {
 #pragma GCC unroll 2
   for (int i = 0; i < 2; i++) rows[i] = fold<2>(rows[i], rows[i + 2]);
   return fold<1>(rows[0], rows[1]);
+}
+
+// Of 8 vectors, even and odd lanes apart: out[2i] is the sum of rows[i]'s even lanes, out[2i + 1] of its odd ones.
+VS_INLINE v16i sums_but_last(v16i* rows) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) rows[i] = fold<8>(rows[i], rows[i + 4]);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) rows[i] = fold<4>(rows[i], rows[i + 2]);
+  return fold<2>(rows[0], rows[1]);
 }
 
 template <int kDistance>

@@ -1,0 +1,99 @@
+// Products of fours of 8-bit integers, one instruction for 64 of them, for fields narrow enough that one table of bytes holds
+// the levels of all their widths. Machines without that instruction have no quads: their lists are empty.
+#pragma once
+#include "carver.h"
+#include "layer.h"
+#include "simd.h"
+
+namespace {
+
+struct Quads {
+  typedef v16i Value;  // 64 bytes
+
+#if defined(VS_QUADS)
+  // The levels of both members of a quad: for keys, lanes are 16 tokens of four channels each; for values, lanes alternate
+  // between both channels and hold four tokens each, in the order of spread().
+  static VS_INLINE Value expand(const vs::Quad& quad, const uint8_t* words, Value table) {
+    const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(quad.places), _mm512_load_si512(words));
+    // (codes & mask) | mark: the entry of code c of b bits is 2 ** b + c.
+    const __m512i index = _mm512_ternarylogic_epi64(codes, _mm512_set1_epi64(quad.mask), _mm512_set1_epi64(quad.mark), 0xea);
+    return (Value)_mm512_permutexvar_epi8(index, (__m512i)table);
+  }
+  static VS_INLINE Value dot(Value sum, Value natural, Value integer) {
+    return (Value)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)natural, (__m512i)integer);
+  }
+  // Natural numbers of half a group and of the other, 32 tokens, in the order in which values are expanded, for both channels.
+  static VS_INLINE Value spread(Value low, Value high) {
+    const __m512i tokens = _mm512_cvtepu32_epi64(_mm512_cvtepi32_epi16((__m512i)(low | high << 8)));
+    return (Value)_mm512_or_si512(tokens, _mm512_slli_epi64(tokens, 32));
+  }
+  static VS_INLINE void store_bytes(int8_t* to, Value x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)x));
+  }
+  static VS_INLINE Value rounded(v16f x) { return (Value)_mm512_cvtps_epi32((__m512)x); }
+  // Keeps the compiler from contracting a product here, but not there.
+  static VS_INLINE v16f opaque(v16f x) {
+    asm("" : "+v"(x));
+    return x;
+  }
+#else
+  static VS_INLINE Value expand(const vs::Quad&, const uint8_t*, Value) { return Value{}; }
+  static VS_INLINE Value dot(Value sum, Value, Value) { return sum; }
+  static VS_INLINE Value spread(Value, Value) { return Value{}; }
+  static VS_INLINE void store_bytes(int8_t*, Value) {}
+  static VS_INLINE Value rounded(v16f) { return Value{}; }
+  static VS_INLINE v16f opaque(v16f x) { return x; }
+#endif
+  static VS_INLINE Value table(const vs::Array<int8_t>& levels, uint32_t flip) {
+    const Value bytes = load_integers(reinterpret_cast<const int32_t*>(levels.get()));
+    return bytes ^ splat(static_cast<int32_t>(0x01010101u * flip));
+  }
+  static VS_INLINE v16f numbers(Value x) { return __builtin_convertvector(x, v16f); }
+};
+typedef Quads::Value Quad;
+
+// The queries of some rows as bytes.
+struct QuadQueries {
+  uint32_t* bytes;  // [quads, rows], four each
+  int32_t* bias;    // [rows], what sums start with: bytes of keys are levels plus 128
+  float* step;      // [rows] of the bytes
+
+  void take(int64_t rows, int64_t dim, vs::Carver& carver) {
+    carver.take(bytes, rows * dim / 2);
+    carver.take(bias, rows);
+    carver.take(step, rows);
+  }
+
+  // The r-th of some rows, from its channels times their widths; line is used up.
+  void round(const Layer& layer, int64_t head, float* line, int64_t r, int64_t rows) {
+    const float* steps = layer.key_steps.get() + head * layer.dim;
+    v16f most = {};
+    for (int64_t c = 0; c < layer.dim; c += 16) {
+      const v16f x = load(line + c) * load(steps + c);
+      store(line + c, x);
+      most = larger(most, larger(x, -x));
+    }
+    const float largest = peak(most), inverse = largest > 0 ? 127 / largest : 0.0f;
+    alignas(64) int8_t rounded[256 + 16] = {};
+    v16i total = {};
+    for (int64_t c = 0; c < layer.dim; c += 16) {
+      const v16i x = Quads::rounded(load(line + c) * inverse);
+      total = total + x;
+      Quads::store_bytes(rounded + c, x);
+    }
+    int32_t sum_of = 0;
+    for (int k = 0; k < 16; k++) sum_of += total[k];
+    bias[r] = -128 * sum_of;
+    step[r] = largest / 127;
+    uint32_t* to = bytes + r;
+    for (const vs::Quad& quad : layer.key_quads[head]) {
+      uint16_t pairs[2];
+      for (int half = 0; half < 2; half++)
+        memcpy(&pairs[half], rounded + (quad.members[half] < 0 ? layer.dim : 2 * quad.members[half]), 2);
+      *to = pairs[0] | static_cast<uint32_t>(pairs[1]) << 16;
+      to += rows;
+    }
+  }
+};
+
+}  // namespace

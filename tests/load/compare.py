@@ -54,14 +54,15 @@ def locust(executable: Path, server: ServerProcess, users: Sequence[str], client
     if not records:
         raise RuntimeError(f"Locust recorded nothing:\n{done.stderr[-4000:]}")
     good = [record for record in records if record["status"] == 200]
-    first = [record["first_token_seconds"] for record in good]
+    # A request that the end of the run cut off before its first token has waited so long at least.
+    first = [record["first_token_seconds"] or record["seconds"] for record in good]
     # Who hung up or read slowly has no pace of its own.
     paced = [r for r in good if r["tokens"] > 1 and r["scenario"] not in ("HangUp", "SlowReader")]
     pace = [(r["seconds"] - r["first_token_seconds"]) / (r["tokens"] - 1) for r in paced]
     failures = Counter(record["status"] for record in records if record["status"] != 200)
     return {
         "output_tokens_per_second": sum(record["tokens"] for record in good) / seconds,
-        "requests": len(good),
+        "requests": sum(not record["cut"] for record in good),
         "failures": sum(failures.values()),
         **{f"ttft_p{p}_seconds": float(np.percentile(first, p)) for p in (50, 99)},
         **{f"tpot_p{p}_seconds": float(np.percentile(pace, p)) for p in (50, 99)},

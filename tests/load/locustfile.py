@@ -52,31 +52,39 @@ class Client(HttpUser):
         body |= {"model": MODEL, "stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
         body |= {"ignore_eos": True}
         name, start, first, text, tokens = type(self).__name__, time.monotonic(), 0.0, "", 0
-        with self.client.post(path, json=body, headers=HEADERS, stream=True, catch_response=True, name=name) as answer:
-            if answer.status_code != 200:
-                answer.failure(f"{answer.status_code}: {answer.text[:200]}")
-                self._note(name, answer.status_code, time.monotonic() - start, 0.0, 0)
-                return ""
-            for chunks, line in enumerate(line for line in answer.iter_lines() if line.startswith(b"data: {")):
-                event = json.loads(line.removeprefix(b"data: "))
-                if event.get("usage"):
-                    tokens = event["usage"]["completion_tokens"]
-                for choice in event.get("choices", ()):
-                    text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-                    if text and not first:
-                        first = time.monotonic() - start
-                if self.stop_after and chunks >= self.stop_after:
-                    answer.success()
-                    self._note(name, 200, time.monotonic() - start, first, chunks)
-                    return text
-                if self.pause_seconds:
-                    gevent.sleep(self.pause_seconds)
-            answer.success()
+        chunks = 0
+        try:
+            with self.client.post(
+                path, json=body, headers=HEADERS, stream=True, catch_response=True, name=name
+            ) as answer:
+                if answer.status_code != 200:
+                    answer.failure(f"{answer.status_code}: {answer.text[:200]}")
+                    self._note(name, answer.status_code, time.monotonic() - start, 0.0, 0)
+                    return ""
+                for chunks, line in enumerate(line for line in answer.iter_lines() if line.startswith(b"data: {")):
+                    event = json.loads(line.removeprefix(b"data: "))
+                    if event.get("usage"):
+                        tokens = event["usage"]["completion_tokens"]
+                    for choice in event.get("choices", ()):
+                        text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+                        if text and not first:
+                            first = time.monotonic() - start
+                    if self.stop_after and chunks >= self.stop_after:
+                        answer.success()
+                        self._note(name, 200, time.monotonic() - start, first, chunks)
+                        return text
+                    if self.pause_seconds:
+                        gevent.sleep(self.pause_seconds)
+                answer.success()
+        except gevent.GreenletExit:
+            # The run is over. What was streamed counts: else a server that serves many at once would seem to do nothing.
+            self._note(name, 200, time.monotonic() - start, first, chunks, cut=True)
+            raise
         self._note(name, 200 if tokens else 0, time.monotonic() - start, first, tokens)
         return text
 
     @staticmethod
-    def _note(name: str, status: int, seconds: float, first: float, tokens: int) -> None:
+    def _note(name: str, status: int, seconds: float, first: float, tokens: int, cut: bool = False) -> None:
         _RECORDS.append(
             {
                 "scenario": name,
@@ -85,6 +93,7 @@ class Client(HttpUser):
                 "seconds": seconds,
                 "first_token_seconds": first,
                 "tokens": tokens,
+                "cut": cut,
             }
         )
 

@@ -13,7 +13,7 @@ import pytest
 
 from deploy.process import ServerProcess
 from tests.faults.conftest import ANSWER_TOKENS, Account, Serving, resident_bytes
-from tests.faults.traffic import Load, ask, company, prompts, wait_until
+from tests.faults.traffic import CLIENT, Load, ask, company, prompts, wait_until
 
 QUEUE = 32
 OVERLOAD = 10 * QUEUE
@@ -111,7 +111,7 @@ def test_overload(serve: Serving, account: Account, texts: list[str], seconds: f
             """As a probe does, beside what is measured: its answer may take a while."""
             while time.monotonic() < end:
                 begin = time.monotonic()
-                status = httpx.get(f"{server.url}/ready", timeout=60).status_code
+                status = CLIENT.get(f"{server.url}/ready").status_code
                 ready.append((status, time.monotonic() - begin))
                 time.sleep(min(5.0, seconds / 10))
 

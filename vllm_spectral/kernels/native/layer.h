@@ -195,6 +195,7 @@ struct Layer {
         const float level = std::round(levels[bits * row + code] * 127 / most);
         byte_levels[(1 << bits) + code] = static_cast<int8_t>(std::clamp(level, -127.0f, 127.0f));
       }
+    const float step = most / 127;
     for (int64_t head = 0; head < heads; head++) {
       std::vector<vs::Field> pairs, channels;
       for (int64_t c = 0; c < dim; c++) {
@@ -204,7 +205,7 @@ struct Layer {
           pairs.back().channel /= 2;
         }
         if (value.bits) channels.push_back(value);
-        if (vs::kQuads && key.bits <= vs::kNarrow) key_steps[head * dim + c] = key.bits ? most / 127 : 0.0f;
+        if (vs::kQuads && key.bits && key.bits <= vs::kNarrow) key_steps[head * dim + c] = step;
       }
       key_quads.push_back(quads(pairs, true));
       value_quads.push_back(quads(channels, false));
@@ -218,7 +219,7 @@ struct Layer {
       for (size_t i = 0; i < 2 * value_quads[head].size(); i++) {
         const int32_t channel = value_quads[head][i / 2].members[i % 2];
         if (channel < 0) continue;
-        quad_steps[head * quad_floats + i] = most / 127 * values.width[head * dim + channel];
+        quad_steps[head * quad_floats + i] = step * values.width[head * dim + channel];
         quad_place[head * dim + channel] = static_cast<int32_t>(i);
       }
     for (int64_t bits = 1; bits <= max_bits; bits++)
@@ -278,7 +279,7 @@ struct Layer {
   int64_t pair_row() const { return (row > 32 ? row : 32) / 2; }  // 32-bit units
 
   size_t bytes() const {
-    return keys.bytes() + values.bytes() + byte_levels.bytes() + key_steps.bytes() + quad_steps.bytes() + quad_place.bytes() + levels.bytes() + edges.bytes() + pair_tables.bytes() + scales.bytes() +
-           inverse_scales.bytes() + scale_bounds.bytes();
+    return keys.bytes() + values.bytes() + byte_levels.bytes() + key_steps.bytes() + quad_steps.bytes() + quad_place.bytes() +
+           levels.bytes() + edges.bytes() + pair_tables.bytes() + scales.bytes() + inverse_scales.bytes() + scale_bounds.bytes();
   }
 };

@@ -63,13 +63,22 @@ constexpr bool kQuads = true;
 #else
 constexpr bool kQuads = false;
 #endif
-constexpr int kByteLevels = 64;   // the entry of code c of b bits is 2 ** b + c; entry 0 is 0
-constexpr int kQuadsAtOnce = 4;   // lists of values' quads are filled up with empty ones to multiples of it
+constexpr int kByteLevels = 64;   // bytes of a vector register
+constexpr int kQuadsAtOnce = 4;   // both parts of lists of values' quads are filled up with empty ones to multiples of it
 
 // Two fields of one vector of words: of a key two pairs of channels, of a value two channels.
 struct Quad {
   uint64_t places = 0, mask = 0, mark = 0;  // of each byte of 64 bits: its field's lowest bit, its code's bits, 2 ** bits
   int32_t offset = 0, members[2] = {-1, -1};  // members: a key's pairs, counting pairs, or a value's channels; -1: none
+  int32_t bits = 0;                           // width of both fields; 0: they differ
+};
+
+// Those of one head: of two equal widths first, by width, then all others.
+struct QuadList {
+  std::vector<Quad> quads;
+  int64_t alike = 0;  // quads of equal widths
+  int64_t size() const { return static_cast<int64_t>(quads.size()); }
+  const Quad& operator[](int64_t i) const { return quads[i]; }
 };
 
 // A codebook's boundaries in the order in which a binary search meets them: those of depth d, 2 ** d of them, by the d bits
@@ -142,8 +151,8 @@ struct Layer {
   vs::Coding keys, values;
   std::vector<int32_t> key_start, key_half, value_start;
   std::vector<vs::Singles> key_pairs, value_singles;        // per head: what no quad holds
-  std::vector<std::vector<vs::Quad>> key_quads, value_quads;  // per head
-  vs::Array<int8_t> byte_levels;          // [kByteLevels]
+  std::vector<vs::QuadList> key_quads, value_quads;           // per head
+  vs::Array<int8_t> byte_levels;     // [kNarrow + 1, kByteLevels] of both fields' width, see below; of width 0: of all
   int64_t quad_floats = 0;           // two of each quad of values, of the head that has most, in whole vectors
   vs::Array<float> key_steps;      // [H, D] one step of a byte level; 0: in no quad
   vs::Array<float> quad_steps;     // [H, quad_floats] the same times the width, of values in the order of quads
@@ -166,7 +175,7 @@ struct Layer {
         key_start(spec.key_start, spec.key_start + heads),
         key_half(spec.key_half, spec.key_half + heads),
         value_start(spec.value_start, spec.value_start + heads),
-        byte_levels(vs::kByteLevels),
+        byte_levels((vs::kNarrow + 1) * vs::kByteLevels),
         key_steps(heads * dim),
         quad_place(heads * dim),
         levels(spec.levels, (max_bits + 1) << max_bits),
@@ -192,8 +201,12 @@ struct Layer {
     for (int code = 0; code < 1 << widest; code++) most = std::max(most, std::abs(levels[widest * row + code]));
     for (int64_t bits = 1; bits <= widest; bits++)
       for (int code = 0; code < 1 << bits; code++) {
-        const float level = std::round(levels[bits * row + code] * 127 / most);
-        byte_levels[(1 << bits) + code] = static_cast<int8_t>(std::clamp(level, -127.0f, 127.0f));
+        const float rounded = std::round(levels[bits * row + code] * 127 / most);
+        const int8_t level = static_cast<int8_t>(std::clamp(rounded, -127.0f, 127.0f));
+        // Of all widths: the entry of code c of b bits is 2 ** b + c, entry 0 is 0. Of one: repeated, so that bits of
+        // neighbouring fields above an index do no harm.
+        byte_levels[(1 << bits) + code] = level;
+        for (int i = code; i < vs::kByteLevels; i += 1 << bits) byte_levels[bits * vs::kByteLevels + i] = level;
       }
     const float step = most / 127;
     for (int64_t head = 0; head < heads; head++) {
@@ -216,7 +229,7 @@ struct Layer {
     quad_steps = vs::Array<float>(heads * quad_floats);
     std::fill(quad_place.get(), quad_place.get() + heads * dim, -1);
     for (int64_t head = 0; head < heads; head++)
-      for (size_t i = 0; i < 2 * value_quads[head].size(); i++) {
+      for (int64_t i = 0; i < 2 * value_quads[head].size(); i++) {
         const int32_t channel = value_quads[head][i / 2].members[i % 2];
         if (channel < 0) continue;
         quad_steps[head * quad_floats + i] = step * values.width[head * dim + channel];
@@ -237,32 +250,55 @@ struct Layer {
       }
   }
 
-  // The narrow ones of a head's fields, two by two from the same vector of words where it has two.
-  static std::vector<vs::Quad> quads(const std::vector<vs::Field>& fields, bool keys) {
-    std::vector<vs::Quad> found;
+  // The narrow ones of a head's fields, two by two from the same vector of words where it has two, of one width if possible.
+  static vs::QuadList quads(const std::vector<vs::Field>& fields, bool keys) {
+    vs::QuadList found;
     if (!vs::kQuads) return found;
-    std::map<int32_t, std::vector<vs::Field>> by_vector;
+    // Of a vector of words by width, and what is left over of each width.
+    std::map<int32_t, std::map<int32_t, std::vector<vs::Field>>> by_vector;
     for (const vs::Field& field : fields)
-      if (field.bits <= vs::kNarrow) by_vector[field.offset].push_back(field);
-    for (const auto& entry : by_vector)
-      for (size_t i = 0; i < entry.second.size(); i += 2) {
-        vs::Quad quad;
-        quad.offset = entry.first;
-        for (size_t half = 0; half < 2 && i + half < entry.second.size(); half++) {
-          const vs::Field& field = entry.second[i + half];
-          quad.members[half] = field.channel;
-          for (int k = 0; k < 4; k++) {
-            // A key's 64 bits are two tokens of two words, a value's one word of four tokens.
-            const int byte = keys ? k / 2 * 4 + 2 * half + k % 2 : 4 * half + k;
-            quad.places |= static_cast<uint64_t>(field.shift + 16 * k) << 8 * byte;
-            quad.mask |= ((uint64_t{1} << field.bits) - 1) << 8 * byte;
-            quad.mark |= uint64_t{1} << field.bits << 8 * byte;
-          }
-        }
-        found.push_back(quad);
+      if (field.bits <= vs::kNarrow) by_vector[field.offset][field.bits].push_back(field);
+    std::vector<vs::Quad> mixed;
+    for (const auto& vector : by_vector) {
+      std::vector<vs::Field> left;
+      for (const auto& width : vector.second) {
+        const std::vector<vs::Field>& list = width.second;
+        for (size_t i = 0; i + 1 < list.size(); i += 2) found.quads.push_back(quad(keys, {list[i], list[i + 1]}));
+        if (list.size() % 2) left.push_back(list.back());
       }
-    while (!keys && found.size() % vs::kQuadsAtOnce) found.emplace_back();
+      for (size_t i = 0; i + 1 < left.size(); i += 2) mixed.push_back(quad(keys, {left[i], left[i + 1]}));
+      if (left.size() % 2) found.quads.push_back(quad(keys, {left.back()}));
+    }
+    std::stable_sort(found.quads.begin(), found.quads.end(), [](const vs::Quad& a, const vs::Quad& b) { return a.bits < b.bits; });
+    const auto fill = [&](int32_t bits) {
+      while (!keys && found.quads.size() % vs::kQuadsAtOnce) {
+        found.quads.emplace_back();
+        found.quads.back().bits = bits;
+      }
+    };
+    fill(1);
+    found.alike = found.size();
+    found.quads.insert(found.quads.end(), mixed.begin(), mixed.end());
+    fill(0);
     return found;
+  }
+
+  static vs::Quad quad(bool keys, const std::vector<vs::Field>& fields) {
+    vs::Quad quad;
+    quad.offset = fields[0].offset;
+    quad.bits = fields[0].bits == fields.back().bits ? fields[0].bits : 0;
+    for (size_t half = 0; half < fields.size(); half++) {
+      const vs::Field& field = fields[half];
+      quad.members[half] = field.channel;
+      for (int k = 0; k < 4; k++) {
+        // A key's 64 bits are two tokens of two words, a value's one word of four tokens.
+        const int byte = keys ? k / 2 * 4 + 2 * half + k % 2 : 4 * half + k;
+        quad.places |= static_cast<uint64_t>(field.shift + 16 * k) << 8 * byte;
+        quad.mask |= ((uint64_t{1} << field.bits) - 1) << 8 * byte;
+        quad.mark |= uint64_t{1} << field.bits << 8 * byte;
+      }
+    }
+    return quad;
   }
 
   // All others, narrow ones first.

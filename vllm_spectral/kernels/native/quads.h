@@ -13,8 +13,10 @@ struct Quads {
 #if defined(VS_QUADS)
   // The levels of both members of a quad: for keys, lanes are 16 tokens of four channels each; for values, lanes alternate
   // between both channels and hold four tokens each, in the order of spread().
+  template <bool kAlike>
   static VS_INLINE Value expand(const vs::Quad& quad, const uint8_t* words, Value table) {
     const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(quad.places), _mm512_load_si512(words));
+    if (kAlike) return (Value)_mm512_permutexvar_epi8(codes, (__m512i)table);
     // (codes & mask) | mark: the entry of code c of b bits is 2 ** b + c.
     const __m512i index = _mm512_ternarylogic_epi64(codes, _mm512_set1_epi64(quad.mask), _mm512_set1_epi64(quad.mark), 0xea);
     return (Value)_mm512_permutexvar_epi8(index, (__m512i)table);
@@ -37,16 +39,24 @@ struct Quads {
     return x;
   }
 #else
-  static VS_INLINE Value expand(const vs::Quad&, const uint8_t*, Value) { return Value{}; }
+  template <bool kAlike>
+  static VS_INLINE Value expand(const vs::Quad&, const uint8_t*, Value) {
+    return Value{};
+  }
   static VS_INLINE Value dot(Value sum, Value, Value) { return sum; }
   static VS_INLINE Value spread(Value, Value) { return Value{}; }
   static VS_INLINE void store_bytes(int8_t*, Value) {}
   static VS_INLINE Value rounded(v16f) { return Value{}; }
   static VS_INLINE v16f opaque(v16f x) { return x; }
 #endif
-  static VS_INLINE Value table(const vs::Array<int8_t>& levels, uint32_t flip) {
-    const Value bytes = load_integers(reinterpret_cast<const int32_t*>(levels.get()));
+  // The levels that a quad of so many bits is expanded by.
+  static VS_INLINE Value table(const vs::Array<int8_t>& levels, int32_t bits, uint32_t flip) {
+    const Value bytes = load_integers(reinterpret_cast<const int32_t*>(levels.get() + bits * vs::kByteLevels));
     return bytes ^ splat(static_cast<int32_t>(0x01010101u * flip));
+  }
+  static VS_INLINE Value expand_any(const vs::Quad& quad, const uint8_t* words, const vs::Array<int8_t>& levels, uint32_t flip) {
+    const Value by = table(levels, quad.bits, flip);
+    return quad.bits ? expand<true>(quad, words, by) : expand<false>(quad, words, by);
   }
   static VS_INLINE v16f numbers(Value x) { return __builtin_convertvector(x, v16f); }
 };
@@ -86,7 +96,7 @@ struct QuadQueries {
     bias[r] = -128 * sum_of;
     step[r] = largest / 127;
     uint32_t* to = bytes + r;
-    for (const vs::Quad& quad : layer.key_quads[head]) {
+    for (const vs::Quad& quad : layer.key_quads[head].quads) {
       uint16_t pairs[2];
       for (int half = 0; half < 2; half++)
         memcpy(&pairs[half], rounded + (quad.members[half] < 0 ? layer.dim : 2 * quad.members[half]), 2);

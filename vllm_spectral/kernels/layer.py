@@ -96,6 +96,7 @@ class NativeLayer:
         )  # fmt: skip
         assert len(codec.scales) == NUM_SCALES
         self._handle: int = self._lib.layer_create(ctypes.byref(spec))
+        self._pages: tuple[weakref.ref[Tensor], Pages] | None = None
         self._bases = (codec.keys.basis, codec.values.basis)  # the kernels read them where they are
         weakref.finalize(self, self._lib.layer_destroy, self._handle)
 
@@ -125,7 +126,9 @@ class NativeLayer:
     def store(self, keys: Tensor, values: Tensor, pages: Tensor, slot_mapping: Tensor) -> None:
         """See :class:`LayerKernels`."""
         slot_mapping = slot_mapping.long()
-        call = StepCall(keys=_rows(keys), values=_rows(values))
+        call = StepCall()
+        _point(call.keys, keys)
+        _point(call.values, values)
         call.slot_mapping, call.num_stored = slot_mapping.data_ptr(), slot_mapping.shape[0]
         self._run(call, pages)
 
@@ -145,7 +148,10 @@ class NativeLayer:
     ) -> None:
         """See :class:`LayerKernels`."""
         call = requests.call
-        call.query, call.keys, call.values, call.output = _rows(query), _rows(keys), _rows(values), _rows(output)
+        _point(call.query, query)
+        _point(call.keys, keys)
+        _point(call.values, values)
+        _point(call.output, output)
         call.num_query_heads = query.shape[1]
         call.exact_on = pool is not None and requests.exact is not None
         if pool is not None:
@@ -155,7 +161,11 @@ class NativeLayer:
         self._run(call, pages)
 
     def _run(self, call: StepCall, pages: Tensor) -> None:
-        call.pages = Pages(pages.data_ptr(), pages.stride(0), pages.stride(1), pages.shape[2])
+        if self._pages is None or self._pages[0]() is not pages:
+            # Mostly the same tensor as in the last step.
+            place = Pages(pages.data_ptr(), pages.stride(0), pages.stride(1), pages.shape[2])
+            self._pages = (weakref.ref(pages), place)
+        call.pages = self._pages[1]
         call.num_threads = torch.get_num_threads()
         call.workspace, call.workspace_bytes = WORKSPACE.address, WORKSPACE.num_bytes
         needed = self._lib.step(self._handle, call)
@@ -165,5 +175,7 @@ class NativeLayer:
             self._lib.step(self._handle, call)
 
 
-def _rows(tensor: Tensor) -> Rows:
-    return Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), _DTYPES[tensor.dtype])
+def _point(rows: Rows, tensor: Tensor) -> None:
+    """Make a field of a call describe a tensor. In place: a structure made anew costs more than its four numbers."""
+    rows.token_stride, rows.head_stride, _ = tensor.stride()
+    rows.data, rows.dtype = tensor.data_ptr(), _DTYPES[tensor.dtype]

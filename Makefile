@@ -78,8 +78,8 @@ chart-test: setup ## the Helm chart against all its versions of Kubernetes, and 
 	$(BIN)/python -m pytest -q tests/deploy/test_chart.py
 	$(BIN)/python -m deploy.chart_test $(if $(IMAGE),--image $(IMAGE))
 
-parallel-test: setup ## serve with two engines, and on three tensor-parallel ranks
-	$(BIN)/python -m pytest -q -m "slow or not slow" tests/engine/test_parallel.py
+parallel-test: setup ## serve with two engines, on three tensor-parallel ranks, and with two HTTP processes
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/engine/test_parallel.py tests/engine/test_several.py
 
 sanitize: setup ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DVS_SANITIZE=ON

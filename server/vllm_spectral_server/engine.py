@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from vllm_spectral.backend.scheduler import CANARY_PREFIX
+
+_LOOK_SECONDS = 0.05
 
 
 class Engine(AsyncLLM):
@@ -23,6 +27,14 @@ class Engine(AsyncLLM):
             super().check_admission(n, request_id)
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """As vLLM has it."""
-        self.stopping = True
+        """As vLLM has it; beside other front ends also what is in flight is brought to its end.
+
+        Blocks for as long: vLLM calls it in a thread. It drains the engines that it started itself, and where there are
+        several front ends none of them did.
+        """
+        first, self.stopping = not self.stopping, True
+        if first and getattr(self, "_client_count", 1) > 1:
+            deadline = time.monotonic() + (timeout or 0.0)
+            while self.get_num_unfinished_requests() and not self.errored and time.monotonic() < deadline:
+                time.sleep(_LOOK_SECONDS)
         super().shutdown(timeout)

@@ -5,27 +5,21 @@ from __future__ import annotations
 import json
 import os
 from argparse import Namespace
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from vllm.logger import init_logger
 
 from vllm_spectral.backend.engine import BLOCK_SIZE, cpu_dtype
-from vllm_spectral.backend.scheduler import use_spectral_scheduler
 from vllm_spectral.backend.worker import EXTENSION
 from vllm_spectral.config import CONFIG_KEY, UNPROVEN, SpectralConfig, parse_config
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.schema import Profile
-from vllm_spectral_server.app import build_app
-from vllm_spectral_server.canary import Limits
-from vllm_spectral_server.limits import MAX_HEADER_BYTES, PatientProtocol, RequestLimits, Rules, Stackless
-from vllm_spectral_server.monitor import Monitor
-from vllm_spectral_server.scheduler_view import SchedulerView
+from vllm_spectral_server.front_end import Seat, Settings, Watch, run
+from vllm_spectral_server.limits import MAX_HEADER_BYTES, RequestLimits, Rules
+from vllm_spectral_server.several import serve_several
 
 logger = init_logger("vllm.spectral.launch")
 
@@ -36,8 +30,6 @@ DRAIN_SECONDS = 30
 NUMA_NODES = Path("/sys/devices/system/node")
 _ONE_MACHINE = "a server has all its ranks on one machine; start one on each machine, behind a load balancer"
 REFUSED = {
-    "--api-server-count": "a scheduler reports each step to just one process, and none would know what is in use; for more, "
-    "start several servers behind a load balancer",
     "--pipeline-parallel-size": "not supported: use --tensor-parallel-size",
     "--headless --data-parallel-external-lb --data-parallel-hybrid-lb --data-parallel-multi-port-external-lb "
     "--data-parallel-rank --data-parallel-start-rank --nnodes": _ONE_MACHINE,
@@ -46,21 +38,7 @@ REFUSED = {
     "--scheduler-cls --worker-extension-cls": "taken by vllm-spectral",
 }
 """Serving flags of vLLM, and why they are refused."""
-_ONE_IS_FINE = {"--api-server-count", "--pipeline-parallel-size", "--nnodes"}
-
-
-@dataclass(frozen=True)
-class Watch:
-    """How the server watches itself.
-
-    Attributes:
-        limits: past which figures raise alarms.
-        canary_seconds: pause between two canaries; 0: none, and ``/ready`` says only that the engine runs; None: a minute, or
-            longer on a slow machine.
-    """
-
-    limits: Limits = field(default_factory=Limits)
-    canary_seconds: float | None = None
+_ONE_IS_FINE = {"--pipeline-parallel-size", "--nnodes"}
 
 
 def serve(
@@ -86,7 +64,6 @@ def serve(
     Raises:
         ConfigError: if the flags contradict us.
     """
-    import uvloop
     from vllm import envs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -118,7 +95,7 @@ def serve(
     # As vLLM reads them.
     keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     rules = Rules.of(limits, keys, args.log_error_stack)
-    uvloop.run(_run(args, name, profile, watch, rules))
+    _run(args, Settings(name, watch, rules), profile)
 
 
 def require_device(config: SpectralConfig) -> None:
@@ -161,9 +138,27 @@ def refuse(args: Namespace) -> None:
     backend = str(getattr(args.attention_backend, "name", args.attention_backend))
     if current_platform.is_cuda() and backend != "CUSTOM":
         raise ConfigError(f"--attention-backend {backend}: it would serve vLLM's own cache; leave it out")
+    count = args.api_server_count
+    if count is not None and count < 1:
+        raise ConfigError(f"--api-server-count {count}: somebody has to serve HTTP: leave it out for one process")
+    if count is not None and count > 1:
+        _refuse_beside_others(args)
     size, local = args.data_parallel_size, args.data_parallel_size_local
     if local not in (None, size):
         raise ConfigError(f"--data-parallel-size-local {local} of {size}: {_ONE_MACHINE}")
+
+
+def _refuse_beside_others(args: Namespace) -> None:
+    """Refuse what one of several front ends would do, and the others not know of."""
+    from vllm import envs
+
+    if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        raise ConfigError(
+            "--api-server-count: adapters are loaded by one process, and the others would not know: "
+            "leave it out, or unset VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+        )
+    if args.enable_elastic_ep:
+        raise ConfigError("--enable-elastic-ep: vLLM has it with one process for HTTP: leave --api-server-count out")
 
 
 def shares_cores(args: Namespace) -> bool:
@@ -205,88 +200,13 @@ def merge_config(additional: Any, config: SpectralConfig) -> dict[str, Any]:
     return given | config.to_additional_config()
 
 
-async def _run(args: Namespace, name: str, profile: Profile, watch: Watch, rules: Rules) -> None:
-    from vllm import envs
-    from vllm.entrypoints.launchers.launcher import serve_http, setup_server
-    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+def _run(args: Namespace, settings: Settings, profile: Profile) -> None:
+    import uvloop
+    from vllm.entrypoints.launchers.launcher import setup_server
 
+    if (args.api_server_count or 1) > 1:
+        serve_several(args, settings)
+        return
     _, sock = setup_server(args, reuse_port=False)
     active = profile if parse_config(args.additional_config, os.environ) else None
-    async with AsyncExitStack() as stack:
-        engine, view = await stack.enter_async_context(_engine(args))
-        monitor = Monitor(engine, view, name, active, watch.limits, watch.canary_seconds)
-        await monitor.start()
-        app = await build_app(args, monitor, rules)
-        await stack.enter_async_context(monitor.running())
-        log_config = get_uvicorn_log_config(args)
-        if not rules.log_stacks:
-            # From here on it is clients that make things fail.
-            Stackless.install()
-        shutdown = await serve_http(
-            app,
-            sock=sock,
-            enable_ssl_refresh=args.enable_ssl_refresh,
-            host=args.host,
-            port=args.port,
-            log_level=args.uvicorn_log_level,
-            access_log=not args.disable_uvicorn_access_log,
-            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-            ssl_keyfile=args.ssl_keyfile,
-            ssl_certfile=args.ssl_certfile,
-            ssl_ca_certs=args.ssl_ca_certs,
-            ssl_cert_reqs=args.ssl_cert_reqs,
-            ssl_ciphers=args.ssl_ciphers,
-            http=PatientProtocol,
-            h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-            h11_max_header_count=args.h11_max_header_count,
-            **({"log_config": log_config} if log_config is not None else {}),
-        )
-        failed = engine.errored and not engine.stopping
-    try:
-        await shutdown
-    finally:
-        sock.close()
-    if failed:
-        # A supervisor that restarts on failure must see one.
-        raise SystemExit("the engine has failed: see the log above for the cause")
-
-
-def engine_config(arguments: Any) -> Any:
-    """VLLM's configuration from its ``AsyncEngineArgs``.
-
-    Raises:
-        ConfigError: if vLLM refuses the flags, in its words.
-    """
-    from vllm.usage.usage_lib import UsageContext
-
-    try:
-        return arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    except ValidationError as error:
-        told = [str(each["msg"]).removeprefix("Value error, ") for each in error.errors()]
-        raise ConfigError(f"vLLM refuses these flags: {'; '.join(told)}") from None
-
-
-@asynccontextmanager
-async def _engine(args: Namespace) -> AsyncIterator[tuple[Any, SchedulerView]]:
-    """VLLM's engine with our view of the scheduler's statistics attached."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.usage.usage_lib import UsageContext
-
-    from vllm_spectral_server.engine import Engine
-
-    arguments = AsyncEngineArgs.from_cli_args(args)
-    vllm_config = engine_config(arguments)
-    use_spectral_scheduler(vllm_config)
-    view = SchedulerView()
-    engine = Engine.from_vllm_config(
-        vllm_config=vllm_config,
-        usage_context=UsageContext.OPENAI_API_SERVER,
-        enable_log_requests=arguments.enable_log_requests,
-        aggregate_engine_logging=arguments.aggregate_engine_logging,
-        disable_log_stats=arguments.disable_log_stats,
-        stat_loggers=[view.logger],
-    )
-    try:
-        yield engine, view
-    finally:
-        engine.shutdown(timeout=vllm_config.shutdown_timeout)
+    uvloop.run(run(args, sock, settings, active, Seat()))

@@ -191,7 +191,9 @@ class Exporter(Collector):
         self._monitor, self._model_name = monitor, model_name
         self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
         self._lock = threading.Lock()
-        # Registered before the instruments, hence asked before them.
+        monitor.on_refresh = self.update
+        # Registered before the instruments, hence asked before them. With several processes a scrape reads files of theirs
+        # instead, and has to ask for an update first.
         REGISTRY.register(self)
         for metric in METRICS:
             if metric.name not in self._instruments:
@@ -230,7 +232,7 @@ def _instrument(metric: Metric) -> Any:
     labels = ("model_name", *metric.labels)
     if metric.kind == "counter":
         return Counter(PREFIX + metric.name.removesuffix("_total"), metric.help, labels)
-    # As vLLM's own gauges: with several processes the last word counts.
+    # Where there are several processes, only the one that watches ever sets them: its word is the last and the only one.
     return Gauge(PREFIX + metric.name, metric.help, labels, multiprocess_mode="mostrecent")
 
 

@@ -21,6 +21,7 @@ from vllm_spectral.stats.moments import LayerMoments
 from vllm_spectral_server.canary import Canary, LayerCheck, Limits, worst
 from vllm_spectral_server.scheduler_view import SchedulerView
 from vllm_spectral_server.schemas import Alarm
+from vllm_spectral_server.usage import held
 
 logger = init_logger("vllm.spectral.monitor")
 
@@ -160,10 +161,9 @@ class Monitor:
         return MemoryReport(self.engine.vllm_config.cache_config.block_size, tuple(engines))
 
     def held(self, num_tokens: int) -> dict[str, int]:
-        """Tokens and page bytes of a request that holds so many tokens: whole blocks, shared prefixes included."""
+        """See :func:`vllm_spectral_server.usage.held`."""
         report = self.memory
-        blocks = -(-num_tokens // report.block_size_tokens)
-        return {"tokens": num_tokens, "bytes": blocks * report.block_size_tokens * report.bytes_per_token}
+        return held(num_tokens, report.block_size_tokens, report.bytes_per_token)
 
     @property
     def ready(self) -> tuple[bool, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm_spectral.backend.scheduler import CACHED_KEY, USED_KEY
 
 RATE_SECONDS = 10.0
+COUNTS = ("prompt_tokens", "generated_tokens", "preemptions")
+"""What is counted since the start, by every front end for its own requests."""
 
 
 @dataclass
@@ -25,15 +28,11 @@ class EngineView:
         blocks: held by requests (vLLM keeps one more, the null block, for itself), and held by none but still serving prefix
             hits. One pair, replaced as a whole: whoever reads it in another thread reads one moment's.
         running, waiting: requests.
-        prompt_tokens, generated_tokens, preemptions: since the start.
     """
 
     blocks: tuple[int, int] = (0, 0)
     running: int = 0
     waiting: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
 
 
 @dataclass
@@ -42,9 +41,15 @@ class SchedulerView:
 
     Attributes:
         engines: by data-parallel rank.
+        counts: :data:`COUNTS` of every front end, one after the other. Each writes its own; where there are several they lie
+            in shared memory.
+        front_end: which of them this is.
     """
 
     engines: dict[int, EngineView] = field(default_factory=dict)
+    counts: MutableSequence[int] = field(default_factory=lambda: [0] * len(COUNTS))
+    front_end: int = 0
+    _counted: tuple[int, int] = (0, 0)
     _recent: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     def logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
@@ -53,15 +58,22 @@ class SchedulerView:
         return _Recorder(self, vllm_config, engine_index)
 
     def total(self, name: str) -> int:
-        """A figure summed over the engines."""
+        """A figure summed over the engines, or over the front ends."""
+        if name in COUNTS:
+            return sum(self.counts[COUNTS.index(name) :: len(COUNTS)])
         return sum(getattr(engine, name) for engine in self.engines.values())
 
     def tokens_per_second(self) -> tuple[float, float]:
         """Prompt and generated tokens per second over the last :data:`RATE_SECONDS`."""
-        self._forget(time.monotonic())
+        self._look()
         return tuple(sum(entry[i] for entry in self._recent) / RATE_SECONDS for i in (1, 2))  # type: ignore[return-value]
 
-    def _forget(self, now: float) -> None:
+    def _look(self) -> None:
+        """Note what was counted since the last look, by all front ends."""
+        now, counted = time.monotonic(), (self.total("prompt_tokens"), self.total("generated_tokens"))
+        if counted != self._counted:
+            self._recent.append((now, counted[0] - self._counted[0], counted[1] - self._counted[1]))
+            self._counted = counted
         while self._recent and self._recent[0][0] < now - RATE_SECONDS:
             self._recent.popleft()
 
@@ -75,13 +87,12 @@ class SchedulerView:
             view.running = scheduler.num_running_reqs
             view.waiting = scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs
         if iteration is not None:
-            now = time.monotonic()
-            prompt, generated = iteration.prompt_token_stats.computed, iteration.num_generation_tokens
-            view.prompt_tokens += prompt
-            view.generated_tokens += generated
-            view.preemptions += iteration.num_preempted_reqs
-            self._recent.append((now, prompt, generated))
-            self._forget(now)
+            new = (
+                iteration.prompt_token_stats.computed, iteration.num_generation_tokens, iteration.num_preempted_reqs,
+            )  # fmt: skip
+            for index, count in enumerate(new, self.front_end * len(COUNTS)):
+                self.counts[index] += count
+        self._look()
 
 
 class _Recorder(StatLoggerBase):

@@ -22,6 +22,12 @@ Held = Callable[[int], dict[str, int]]
 MIDDLEWARE = f"{__name__}.CacheUsage"
 
 
+def held(num_tokens: int, block_size_tokens: int, bytes_per_token: int) -> dict[str, int]:
+    """Tokens and page bytes of a request that holds so many tokens: whole blocks, shared prefixes included."""
+    blocks = -(-num_tokens // block_size_tokens)
+    return {"tokens": num_tokens, "bytes": blocks * block_size_tokens * bytes_per_token}
+
+
 class CacheUsage:
     """Middleware, for vLLM's ``--middleware``: the application's monitor is found in its state.
 
@@ -52,8 +58,8 @@ class CacheUsage:
             parts.clear()
             return _asks(body)
 
-        held: Held = scope["app"].state.spectral.held
-        await self._app(scope, read, _Editor(held, send, wanted, trace.get_current_span()))
+        held_by: Held = scope["app"].state.spectral.held
+        await self._app(scope, read, _Editor(held_by, send, wanted, trace.get_current_span()))
 
 
 class _Editor:
@@ -114,11 +120,11 @@ class _Editor:
             tokens = usage["prompt_tokens"] + (usage["completion_tokens"] or 0) - 1
         except (ValueError, AttributeError, TypeError, KeyError):
             return body  # an error, or a chunk without usage
-        held = self._held(max(tokens, 0))
-        self._span.set_attributes({f"vllm_spectral.kv_cache.{name}": value for name, value in held.items()})
+        pages = self._held(max(tokens, 0))
+        self._span.set_attributes({f"vllm_spectral.kv_cache.{name}": value for name, value in pages.items()})
         if not self._asked:
             return body
-        usage["kv_cache"] = held
+        usage["kv_cache"] = pages
         return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
 

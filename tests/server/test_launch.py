@@ -10,7 +10,8 @@ from vllm import platforms
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_spectral_server import launch
-from vllm_spectral_server.launch import engine_config, refuse, require_device, shares_cores
+from vllm_spectral_server.front_end import engine_config
+from vllm_spectral_server.launch import refuse, require_device, shares_cores
 
 from vllm_spectral.config import SpectralConfig
 from vllm_spectral.errors import ConfigError
@@ -25,6 +26,7 @@ def check(*flags: str) -> None:
     "flags",
     [
         (), ("--data-parallel-size", "2"), ("--tensor-parallel-size", "2"), ("--api-server-count", "1"),
+        ("--api-server-count", "2"), ("--api-server-count", "2", "--data-parallel-size", "2"),
         ("--data-parallel-size", "2", "--data-parallel-size-local", "2"),
     ],
 )  # fmt: skip
@@ -35,8 +37,9 @@ def test_what_is_served(flags: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--api-server-count", "2"), ("--headless",), ("--data-parallel-rank", "0"), ("--nnodes", "2"),
+        ("--api-server-count", "0"), ("--headless",), ("--data-parallel-rank", "0"), ("--nnodes", "2"),
         ("--data-parallel-size", "2", "--data-parallel-size-local", "1"), ("--data-parallel-hybrid-lb",), ("--grpc",),
+        ("--api-server-count", "2", "--enable-elastic-ep"),
         ("--disable-log-stats",), ("--scheduler-cls", "any.Scheduler"), ("--worker-extension-cls", "any.Extension"),
     ],
 )  # fmt: skip

@@ -45,7 +45,7 @@ UNSEEN = (
 
 
 @lru_cache(maxsize=1)
-def _load_once(config: SpectralConfig, model: str) -> Profile:
+def load_once(config: SpectralConfig, model: str) -> Profile:
     """One read of the profile per process, however many layers ask; before the model's weights are loaded.
 
     Raises:
@@ -123,7 +123,7 @@ class SpectralImpl(AttentionImpl):
         _refuse_draft_models(self._vllm_config)
         # VLLM builds the model with its device as torch's default; a profile is read where its digest is computed.
         with _HOST:
-            self._profile = _load_once(config, self._vllm_config.model_config.model)
+            self._profile = load_once(config, self._vllm_config.model_config.model)
         self.codec: LayerCodec | None = None
         self.copies: LayerCopies | None = None
         self.kernels: LayerKernels | None = None

@@ -24,7 +24,7 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         parent.join()
-        logger.error("the server has ended without a word: its engine ends too")
+        logger.error("the server has ended without a word: this process of it ends too")
         # Not gently: a gentle end would first answer requests that nobody waits for.
         os.kill(os.getpid(), signal.SIGKILL)
 

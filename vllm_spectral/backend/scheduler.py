@@ -1,4 +1,4 @@
-"""VLLM's scheduler, which also says what its free pages still hold, and lets the canary go first.
+"""VLLM's scheduler, which also says what its free pages still hold, tells one front end all, and lets the canary go first.
 
 A page that no request holds may still serve a prefix hit. vLLM counts it as free, and reports no more than that; from
 outside, a full prefix cache and an empty one look the same.
@@ -12,6 +12,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
@@ -23,6 +24,8 @@ free table of numbers; who reads the statistics takes them out again."""
 CANARY_PREFIX = "canary-"
 """How the ids of the canary's requests begin. It goes before all that wait: it is there to say what answers are worth, not
 how long the queue is."""
+WATCHER = 0
+"""Index of the front end that watches: where several processes serve HTTP, it hears of every step."""
 _FIRST = -(2**31)
 _PAUSE = 1000
 """Counting walks over all blocks, some 50 ns each; after a count there is a pause of so many times its duration."""
@@ -50,6 +53,16 @@ class _Spectral:
         if first and request in self.waiting:
             self.waiting.remove_request(request)
             self.waiting.prepend_request(request)
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
+        """As vLLM's, but the statistics, which go to one front end, always go to the same, and are sent first."""
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        told = next((output for output in outputs.values() if output.scheduler_stats is not None), None)
+        if told is None or told is outputs.get(WATCHER):
+            return outputs
+        watcher = outputs.pop(WATCHER, None) or EngineCoreOutputs()
+        watcher.scheduler_stats, told.scheduler_stats = told.scheduler_stats, None
+        return {WATCHER: watcher, **outputs}
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """As vLLM's, with the two counts; they are of one moment."""

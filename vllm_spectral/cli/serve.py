@@ -28,7 +28,8 @@ _DESCRIPTION = f"""\
 Serve a model through the OpenAI API from compressed KV pages.
 
 All other flags are vLLM's own and are passed through: --host, --port, --api-key, --max-model-len,
---kv-cache-memory-bytes (of each rank), --tensor-parallel-size, --data-parallel-size, ... (see `vllm serve --help=all`).
+--kv-cache-memory-bytes (of each rank), --tensor-parallel-size, --data-parallel-size, --api-server-count (processes that
+serve HTTP; 1 unless given), ... (see `vllm serve --help=all`).
 Beside vLLM's routes there are GET /v1/kv_cache/memory, fidelity, profile and traffic, GET /ready and the page
 /dashboard. Where a flag is not given, these differ from vLLM's defaults: the model is served under the name MODEL; on
 the CPU also --enforce-eager (vLLM 0.32 gives wrong text when it compiles for the CPU), --block-size 32, and --dtype
@@ -126,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
         **exact_fields(args),
     )  # fmt: skip
     from vllm_spectral_server.canary import Limits
-    from vllm_spectral_server.launch import Watch, serve
+    from vllm_spectral_server.front_end import Watch
+    from vllm_spectral_server.launch import serve
     from vllm_spectral_server.limits import MAX_BODY_BYTES, RequestLimits
 
     watch = Watch(Limits(args.error_limit, args.drift_limit, args.canary_kl), args.canary_seconds)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import Bench, Case
-from benchmarks.measure import interleaved, ratios, save
+from benchmarks.measure import ratios, save
 from vllm_spectral.kernels.library import isas
 from vllm_spectral.profile.storage import load_profile
 
@@ -73,14 +73,9 @@ def main() -> None:
         sweep = [("context", Case(*shape, context, 1)) for context in CONTEXTS]
         sweep += [("batch", Case(*shape, BATCH_CONTEXT, batch)) for batch in BATCHES]
         for grows, case in sweep:
-            bench = Bench(case, profile, isa)
-            error = bench.check()
-            taken = interleaved(
-                {"ours": bench.ours(), "bf16": bench.stock("auto"), "fp8": bench.stock("fp8"), "read": bench.read()},
-                rounds=7,
-            )
-            points.append({"grows": grows, "shape": shape, "context": case.context, "batch": case.batch,
-                           "seconds": taken, "bytes": bench.bytes, "relative_error": error})  # fmt: skip
+            result = Bench(case, profile, isa).compare(rounds=7)
+            taken = result["seconds"]
+            points.append({"grows": grows, "shape": shape, "context": case.context, "batch": case.batch, **result})
             sys.stdout.write(
                 f"{case}: ours {1e6 * statistics.median(taken['ours']) / case.batch:.1f} us per token, bf16 / ours "
                 f"{ratios(taken['bf16'], taken['ours']):.2f}, fp8 / ours {ratios(taken['fp8'], taken['ours']):.2f}, "

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,6 +172,12 @@ class Bench:
 
         return run
 
+    def compare(self, rounds: int = 9) -> dict[str, Any]:
+        """Seconds per call of every side, one figure per round; checked first."""
+        error = self.check()
+        sides = {"ours": self.ours(), "bf16": self.stock("auto"), "fp8": self.stock("fp8"), "read": self.read()}
+        return {"seconds": interleaved(sides, rounds=rounds), "bytes": self.bytes, "relative_error": error}
+
 
 def main() -> None:
     """Measure all cases."""
@@ -184,18 +191,16 @@ def main() -> None:
     profile, results = load_profile(arguments.profile), []
     for case in CASES:
         bench = Bench(case, profile, arguments.isa)
-        error = bench.check()
-        taken = interleaved(
-            {"ours": bench.ours(), "bf16": bench.stock("auto"), "fp8": bench.stock("fp8"), "read": bench.read()}
-        )
+        result = bench.compare()
+        taken = result["seconds"]
         of_read = 100 * ratios(taken["read"], taken["ours"])
         sys.stdout.write(
             f"{case}: ours {spread(taken['ours'])} ms, bf16 / ours {ratios(taken['bf16'], taken['ours']):.2f}, "
             f"fp8 / ours {ratios(taken['fp8'], taken['ours']):.2f}, {of_read:.0f} % of the read limit, "
-            f"{bench.bytes / statistics.median(taken['ours']) / 1e9:.1f} GB/s, error {error:.1e}\n"
+            f"{bench.bytes / statistics.median(taken['ours']) / 1e9:.1f} GB/s, error {result['relative_error']:.1e}\n"
         )
         sys.stdout.flush()
-        results.append({"case": vars(case), "seconds": taken, "bytes": bench.bytes, "relative_error": error})
+        results.append({"case": vars(case), **result})
     save(
         arguments.json,
         {"isa": arguments.isa, "threads": arguments.threads, "bits": profile.bits_per_element, "cases": results},

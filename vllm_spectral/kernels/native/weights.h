@@ -62,29 +62,22 @@ float weigh_row(Work& w, const Tile& tile, int64_t r, int64_t i, State& state) {
       weight[h] = exp_negative(load(scores + at + h * vs::kHalf) - now);
       total = total + weight[h];
     }
-    if (kWhole || tile.whole[g]) {
-      for (int h = 0; h < 2; h++) read[h] = weight[h] * tile.value_scale[g][h];
-      if (tile.value_flat[g])
-        for (int h = 0; h < 2; h++) {
-          store(s.paged + r * kTile + at + h * vs::kHalf, weight[h]);
-          read[h] = select(lanes(tile.value_flat[g] >> 16 * h), v16f{}, read[h]);
-        }
-    } else {
-      if (tile.any_exact[g]) {
-        v16f copied[2];
-        for (int h = 0; h < 2; h++) {
-          const v16i from_copy = lanes(exact[g] >> 16 * h);
-          copied[h] = select(from_copy, weight[h], v16f{});
-          weight[h] = select(from_copy, v16f{}, weight[h]);
-        }
-        Pairs::spread(Pairs::of(copied[0], copied[1]), s.exact_pairs + (r * kTileGroups + g) * 16);
+    if (!kWhole && tile.any_exact[g]) {
+      v16f copied[2];
+      for (int h = 0; h < 2; h++) {
+        const v16i from_copy = lanes(exact[g] >> 16 * h);
+        copied[h] = select(from_copy, weight[h], v16f{});
+        weight[h] = select(from_copy, v16f{}, weight[h]);
       }
-      if (!tile.any_paged[g]) continue;
+      Pairs::spread(Pairs::of(copied[0], copied[1]), s.exact_pairs + (r * kTileGroups + g) * 16);
+    }
+    if (!kWhole && !tile.any_paged[g]) continue;
+    for (int h = 0; h < 2; h++) read[h] = weight[h] * tile.value_scale[g][h];
+    if (tile.value_flat[g])
       for (int h = 0; h < 2; h++) {
         store(s.paged + r * kTile + at + h * vs::kHalf, weight[h]);
-        read[h] = select(lanes(tile.value_flat[g] >> 16 * h), v16f{}, weight[h] * tile.value_scale[g][h]);
+        read[h] = select(lanes(tile.value_flat[g] >> 16 * h), v16f{}, read[h]);
       }
-    }
     if constexpr (vs::kQuads)
       for (int h = 0; h < 2; h++) {
         store(scaled + at + h * vs::kHalf, read[h]);

@@ -80,7 +80,7 @@ struct Queries {
 struct Scratch {
   Queries queries;
   float* scores;             // [rows, kTile]
-  float* paged;              // [rows, kTile] weights of tokens read from pages
+  float* paged;              // [rows, kTile] weights of tokens read from pages, in groups that have some coded by the fallback
   Pair* paged_pairs;         // [rows, kTileGroups] weights
   PairScalar* exact_pairs;   // [rows, kTileGroups, 16] weights
   Pair* keys;                // [dim / 2, 2] one group's keys

@@ -31,8 +31,10 @@ def agree(step: Step, isa: str, exact: bool, *, slack: float = 1.0) -> None:
 
 def close(found: torch.Tensor, expected: torch.Tensor, isa: str, *, slack: float = 1.0) -> None:
     tolerance = KERNEL_FLOAT
-    if "vnni" in isa or "bf16" in isa:
-        tolerance = slack * (KERNEL_INT8 if "vnni" in isa else KERNEL_BF16)
+    if "vnni" in isa or "amx" in isa:
+        tolerance = slack * KERNEL_INT8
+    elif "bf16" in isa:
+        tolerance = slack * KERNEL_BF16
     assert (found - expected).norm() <= tolerance * expected.norm()
 
 

@@ -1,11 +1,34 @@
 // Creating layers, telling instruction sets, and the yardstick of memory bandwidth.
 #include "layer.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 Layer* vs_layer_create(const LayerSpec* spec) { return new Layer(*spec); }
 void vs_layer_destroy(Layer* layer) { delete layer; }
 int64_t vs_layer_bytes(const Layer* layer) { return static_cast<int64_t>(layer->bytes()); }
 
 const char* vs_isa() { return VS_ISA; }
+
+#if defined(__x86_64__)
+// Whether the processor has tiles of bytes, and the kernel lets this process use them: it wants to be asked once.
+static bool has_matrices() {
+#if defined(__linux__)
+  constexpr int kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of arch_prctl(2), the state's number
+  constexpr unsigned kTiles = 1u << 24, kTilesOfBytes = 1u << 25;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kTilesOfBytes)) return false;
+  return syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 const char* vs_machine_isas() {
 #if defined(__x86_64__)
@@ -15,6 +38,7 @@ const char* vs_machine_isas() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+  if (vnni && bf16 && has_matrices()) return "avx512_amx,avx512_vnni_bf16,avx512_vnni,avx512_bf16,avx512,avx2,portable";
   if (vnni && bf16) return "avx512_vnni_bf16,avx512_vnni,avx512_bf16,avx512,avx2,portable";
   if (vnni) return "avx512_vnni,avx512,avx2,portable";
   if (bf16) return "avx512_bf16,avx512,avx2,portable";

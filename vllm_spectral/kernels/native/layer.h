@@ -63,6 +63,16 @@ constexpr bool kQuads = true;
 #else
 constexpr bool kQuads = false;
 #endif
+// Whether many rows meet quads as matrices; see matrices.h.
+#if defined(__AMX_INT8__) && defined(VS_QUADS)
+#define VS_MATRICES
+constexpr bool kMatrices = true;
+#else
+constexpr bool kMatrices = false;
+#endif
+constexpr int kMatrixRows = 16;   // of a tile, which are its columns as well, and the fours of bytes of a row
+constexpr int64_t whole_tiles(int64_t n) { return (n + kMatrixRows - 1) / kMatrixRows * kMatrixRows; }
+constexpr int kFusedRows = 8;     // most rows whose sums stay in registers while keys are expanded; more are a matrix
 constexpr int kByteLevels = 64;   // bytes of a vector register
 constexpr int kQuadsAtOnce = 4;   // both parts of lists of values' quads are filled up with empty ones to multiples of it
 

@@ -77,8 +77,36 @@ void quad_block(const Work& w, const vs::Quad* quads, const Read& read, State& s
   }
 }
 
+// Many rows: 16 channels of quads together, all of the tile's groups side by side.
+inline void matrix_quads(const Work& w, const Read& read, State& state) {
+  constexpr int kWidth = vs::kMatrixRows / 2;
+  const int64_t size = w.value_quads.size(), tokens = vs::kGroup / 4 * read.count, lines = w.value_lines;
+  const float* steps = w.layer.quad_steps.get() + w.item.head * w.layer.quad_floats;
+  for (int64_t first = 0; first < size; first += kWidth) {
+    const vs::Quad* quads = w.value_quads.quads.data() + first;
+    const int64_t count = std::min<int64_t>(kWidth, size - first);
+    for (int k = 0; k < read.count; k++) {
+      Quad levels[kWidth];
+      for (int j = 0; j < kWidth; j++)
+        levels[j] = j < count ? Quads::expand_any(quads[j], read.words[k] + quads[j].offset, w.layer.byte_levels, 0) : Quad{};
+      Matrices::transpose(levels, w.scratch.value_quads + k * kWidth);
+      for (int64_t line = lines * first / size; line < lines * (first + count) / size; line++)
+        __builtin_prefetch(read.next[k] + line * vs::kVectorBytes, 0, 2);
+    }
+    std::fill(w.scratch.value_quads + tokens, w.scratch.value_quads + vs::whole_tiles(tokens), Quad{});
+    Matrices::outputs(w.scratch.paged_bytes, kTile, w.scratch.value_quads, vs::whole_tiles(tokens), w.rows, w.scratch.counts);
+    // Of the last channels there may be half a vector.
+    const v16f step = load(steps + 2 * first);
+    for (int64_t r = 0; r < w.rows; r++) {
+      float* out = state.quads(r) + 2 * first;
+      store(out, Quads::numbers(w.scratch.counts[r]) * (step * w.scratch.weight_step[r]) + load(out));
+    }
+  }
+}
+
 // Channels in quads, kQuadsAtOnce of them together.
 inline void quad_outputs(const Work& w, Read& read, State& state) {
+  if (vs::kMatrices && w.matrix) return matrix_quads(w, read, state);
   for (int64_t first = 0; first < w.value_quads.size(); first += vs::kQuadsAtOnce) {
     const vs::Quad* quads = w.value_quads.quads.data() + first;
     read.line = w.value_lines * first / w.value_quads.size() * vs::kVectorBytes;

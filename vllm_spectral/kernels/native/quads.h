@@ -29,6 +29,10 @@ struct Quads {
     const __m512i tokens = _mm512_cvtepu32_epi64(_mm512_cvtepi32_epi16((__m512i)(low | high << 8)));
     return (Value)_mm512_or_si512(tokens, _mm512_slli_epi64(tokens, 32));
   }
+  // The same for one channel: 32 bytes.
+  static VS_INLINE void store_spread(uint8_t* to, Value low, Value high) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)(low | high << 8)));
+  }
   static VS_INLINE void store_bytes(int8_t* to, Value x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)x));
   }
@@ -45,6 +49,7 @@ struct Quads {
   }
   static VS_INLINE Value dot(Value sum, Value, Value) { return sum; }
   static VS_INLINE Value spread(Value, Value) { return Value{}; }
+  static VS_INLINE void store_spread(uint8_t*, Value, Value) {}
   static VS_INLINE void store_bytes(int8_t*, Value) {}
   static VS_INLINE Value rounded(v16f) { return Value{}; }
   static VS_INLINE v16f opaque(v16f x) { return x; }
@@ -64,12 +69,12 @@ typedef Quads::Value Quad;
 
 // The queries of some rows as bytes.
 struct QuadQueries {
-  uint32_t* bytes;  // [quads, rows], four each
+  uint32_t* bytes;  // [quads, rows], four each; if matrices multiply so many rows, [rows, quads], both in whole tiles
   int32_t* bias;    // [rows], what sums start with: bytes of keys are levels plus 128
   float* step;      // [rows] of the bytes
 
   void take(int64_t rows, int64_t dim, vs::Carver& carver) {
-    carver.take(bytes, rows * dim / 2);
+    carver.take(bytes, vs::kMatrices ? vs::whole_tiles(rows) * vs::whole_tiles(dim / 2) : rows * dim / 2);
     carver.take(bias, rows);
     carver.take(step, rows);
   }
@@ -95,13 +100,16 @@ struct QuadQueries {
     for (int k = 0; k < 16; k++) sum_of += total[k];
     bias[r] = -128 * sum_of;
     step[r] = largest / 127;
-    uint32_t* to = bytes + r;
+    const int64_t quads = layer.key_quads[head].size(), stride = vs::whole_tiles(quads);
+    const bool matrix = vs::kMatrices && rows > vs::kFusedRows;
+    uint32_t* to = matrix ? bytes + r * stride : bytes + r;
+    if (matrix) std::fill(to + quads, to + stride, 0);
     for (const vs::Quad& quad : layer.key_quads[head].quads) {
       uint16_t pairs[2];
       for (int half = 0; half < 2; half++)
         memcpy(&pairs[half], rounded + (quad.members[half] < 0 ? layer.dim : 2 * quad.members[half]), 2);
       *to = pairs[0] | static_cast<uint32_t>(pairs[1]) << 16;
-      to += rows;
+      to += matrix ? 1 : rows;
     }
   }
 };

@@ -104,6 +104,7 @@ void to_bytes(Work& w, const Tile& tile, int64_t first, const float* largest) {
     inverse[i] = largest[i] > 0 ? 254 / largest[i] : 0.0f;
     w.scratch.weight_step[first + i] = largest[i] / 254;
   }
+  uint8_t* matrix = w.scratch.paged_bytes + first * kTile;
   for (int g = 0; g < tile.groups; g++) {
     if (!tile.any_paged[g]) continue;
 #pragma GCC unroll 4
@@ -115,8 +116,12 @@ void to_bytes(Work& w, const Tile& tile, int64_t first, const float* largest) {
         bytes[h] = Quads::rounded(x);
         carried[i][h] = x - Quads::numbers(bytes[h]);
       }
-      w.scratch.paged_quads[(first + i) * kTileGroups + g] = Quads::spread(bytes[0], bytes[1]);
+      if (vs::kMatrices && w.matrix)
+        Quads::store_spread(matrix + i * kTile, bytes[0], bytes[1]);
+      else
+        w.scratch.paged_quads[(first + i) * kTileGroups + g] = Quads::spread(bytes[0], bytes[1]);
     }
+    matrix += vs::kGroup;
   }
 }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "layer.h"
+#include "matrices.h"
 #include "pairs.h"
 #include "products.h"
 #include "quads.h"
@@ -85,9 +86,11 @@ struct Scratch {
   PairScalar* exact_pairs;   // [rows, kTileGroups, 16] weights
   Pair* keys;                // [dim / 2, 2] one group's keys
   Pair* values;              // [kBlock, kTileGroups]
-  Quad* key_quads;           // [dim / 2, 2] one group's keys
-  Quad* value_quads;         // [kQuadsAtOnce, kTileGroups]
+  Quad* key_quads;           // [dim / 2, 2] one group's keys; of matrices two groups'
+  Quad* value_quads;         // [kQuadsAtOnce, kTileGroups]; of matrices [kTileGroups, fours of tokens]
   Quad* paged_quads;         // [rows, kTileGroups] weights
+  uint8_t* paged_bytes;      // [rows, kTile] weights of matrices, without the groups that nobody reads from pages
+  Quad* counts;              // [rows, 2] what matrices sum
   float* scaled;             // [kTogether, kTile] weights times their tokens' scales
   float* weight_step;        // [rows] of the weights' bytes
   float *vectors, *lines;    // [kTogether, dim]
@@ -102,9 +105,11 @@ struct Scratch {
     carver.take(exact_pairs, kRows * kTileGroups * 16);
     carver.take(keys, dim);
     carver.take(values, kBlock * kTileGroups);
-    carver.take(key_quads, dim);
-    carver.take(value_quads, vs::kQuadsAtOnce * kTileGroups);
-    carver.take(paged_quads, kRows * kTileGroups);
+    carver.take(key_quads, vs::kMatrices ? 4 * vs::whole_tiles(dim / 2) : dim);
+    carver.take(value_quads, (vs::kMatrices ? vs::kMatrixRows / 2 : vs::kQuadsAtOnce) * kTileGroups);
+    carver.take(paged_quads, (vs::kMatrices ? vs::kFusedRows : kRows) * kTileGroups);
+    carver.take(paged_bytes, vs::kMatrices ? kRows * kTile : 0);
+    carver.take(counts, vs::kMatrices ? 2 * kRows : 0);
     carver.take(scaled, kTogether * kTile);
     carver.take(weight_step, kRows);
     carver.take(vectors, kTogether * dim);
@@ -200,6 +205,7 @@ struct Work {
   int64_t context, before, first_query, last_query;  // before: tokens of the request before the step
   int64_t pages_end;                // where this item's pages end: positions from here on are the next item's, or exact
   int64_t key_lines, value_lines;   // cache lines of a group, the scales counted with the keys
+  const bool matrix;                // rows are so many that matrices multiply them
   int64_t position[kRows];
 
   Work(const Shape& shape, const Item& work, const Queries& prepared, Scratch& own, const Item* following)
@@ -215,7 +221,8 @@ struct Work {
         key_quads(layer.key_quads[item.head]),
         value_quads(layer.value_quads[item.head]),
         value_width(layer.values.width.get() + item.head * dim),
-        next(shape, following) {
+        next(shape, following),
+        matrix(vs::kMatrices && item.rows > vs::kFusedRows) {
     context = call.context_lens[item.request];
     before = context - shape.queries(item.request);
     first_query = before + item.first_row / shape.group;

@@ -1,0 +1,140 @@
+// Products of matrices of bytes, where the machine has tiles of them (AMX): up to 16 rows of 64 bytes each. One instruction
+// multiplies 16 rows with 16 columns of 64 bytes; sums are integers, the same as those of quads one by one.
+//
+// A is [rows, bytes], row-major. B's rows hold four bytes of each of 16 columns: of keys, columns are tokens and the four are
+// channels, which is how quads are expanded; of values, columns are channels and the four are tokens.
+#pragma once
+#include "quads.h"
+
+namespace {
+
+#if defined(VS_MATRICES)
+// The thread's tiles are ours while this lives; whoever had set them up before finds his shapes again, not his data.
+class Matrices {
+ public:
+  Matrices() {
+    _tile_storeconfig(&before_);
+    Config own{};
+    own.palette = 1;
+    for (int tile = 0; tile < 8; tile++) {
+      own.rows[tile] = vs::kMatrixRows;
+      own.row_bytes[tile] = vs::kVectorBytes;
+    }
+    _tile_loadconfig(&own);
+  }
+  ~Matrices() {
+    if (before_.palette)
+      _tile_loadconfig(&before_);
+    else
+      _tile_release();
+  }
+  Matrices(const Matrices&) = delete;
+  Matrices& operator=(const Matrices&) = delete;
+
+  // counts[rows, 2, 16] = queries[rows, fours] * keys[fours, 2, 16], both halves of a group. Rows and fours count whole
+  // tiles: what lies behind the last row comes out as it may, what lies behind the last four must be zero in the queries.
+  static VS_INLINE void scores(const uint32_t* queries, const Quad* keys, int64_t fours, int64_t rows, Quad* counts) {
+    constexpr int64_t kKeys = 2 * vs::kVectorBytes, kCounts = 2 * vs::kVectorBytes;
+    settle();
+    const int64_t row_bytes = 4 * fours;
+    for (int64_t first = 0; first < rows; first += 2 * vs::kMatrixRows) {
+      const bool two = first + vs::kMatrixRows < rows;
+      _tile_zero(0);
+      _tile_zero(1);
+      if (two) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int64_t k = 0; k < fours; k += vs::kMatrixRows) {
+        _tile_loadd(4, keys + 2 * k, kKeys);
+        _tile_loadd(5, keys + 2 * k + 1, kKeys);
+        _tile_loadd(6, queries + first * fours + k, row_bytes);
+        _tile_dpbsud(0, 6, 4);
+        _tile_dpbsud(1, 6, 5);
+        if (!two) continue;
+        _tile_loadd(7, queries + (first + vs::kMatrixRows) * fours + k, row_bytes);
+        _tile_dpbsud(2, 7, 4);
+        _tile_dpbsud(3, 7, 5);
+      }
+      Quad* to = counts + 2 * first;
+      _tile_stored(0, to, kCounts);
+      _tile_stored(1, to + 1, kCounts);
+      if (!two) continue;
+      _tile_stored(2, to + 2 * vs::kMatrixRows, kCounts);
+      _tile_stored(3, to + 2 * vs::kMatrixRows + 1, kCounts);
+    }
+    settle();
+  }
+
+  // counts[rows, 16] = weights[rows, 4 * fours] * values[fours, 16], of at most 64 rows; weights' rows are row_bytes apart.
+  static VS_INLINE void outputs(const uint8_t* weights, int64_t row_bytes, const Quad* values, int64_t fours, int64_t rows, Quad* counts) {
+    settle();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    const int64_t tile = vs::kMatrixRows * row_bytes;
+    for (int64_t k = 0; k < fours; k += vs::kMatrixRows) {
+      const uint8_t* at = weights + 4 * k;
+      _tile_loadd(4, values + k, vs::kVectorBytes);
+      _tile_loadd(5, at, row_bytes);
+      _tile_dpbusd(0, 5, 4);
+      if (rows <= vs::kMatrixRows) continue;
+      _tile_loadd(6, at + tile, row_bytes);
+      _tile_dpbusd(1, 6, 4);
+      if (rows <= 2 * vs::kMatrixRows) continue;
+      _tile_loadd(7, at + 2 * tile, row_bytes);
+      _tile_dpbusd(2, 7, 4);
+      if (rows <= 3 * vs::kMatrixRows) continue;
+      _tile_loadd(5, at + 3 * tile, row_bytes);
+      _tile_dpbusd(3, 5, 4);
+    }
+    _tile_stored(0, counts, vs::kVectorBytes);
+    if (rows > vs::kMatrixRows) _tile_stored(1, counts + vs::kMatrixRows, vs::kVectorBytes);
+    if (rows > 2 * vs::kMatrixRows) _tile_stored(2, counts + 2 * vs::kMatrixRows, vs::kVectorBytes);
+    if (rows > 3 * vs::kMatrixRows) _tile_stored(3, counts + 3 * vs::kMatrixRows, vs::kVectorBytes);
+    settle();
+  }
+
+  // Eight vectors' 64-bit lanes, transposed: of quads of values of one group, lane i holds both channels' i-th four of tokens.
+  static VS_INLINE void transpose(const Quad* quads, Quad* to) {
+    __m512i twos[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      twos[i] = _mm512_unpacklo_epi64((__m512i)quads[i], (__m512i)quads[i + 1]);
+      twos[i + 1] = _mm512_unpackhi_epi64((__m512i)quads[i], (__m512i)quads[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; odd++) {
+      const __m512i even_low = _mm512_shuffle_i64x2(twos[odd], twos[2 + odd], 0x88);
+      const __m512i odd_low = _mm512_shuffle_i64x2(twos[odd], twos[2 + odd], 0xdd);
+      const __m512i even_high = _mm512_shuffle_i64x2(twos[4 + odd], twos[6 + odd], 0x88);
+      const __m512i odd_high = _mm512_shuffle_i64x2(twos[4 + odd], twos[6 + odd], 0xdd);
+      to[odd] = (Quad)_mm512_shuffle_i64x2(even_low, even_high, 0x88);
+      to[4 + odd] = (Quad)_mm512_shuffle_i64x2(even_low, even_high, 0xdd);
+      to[2 + odd] = (Quad)_mm512_shuffle_i64x2(odd_low, odd_high, 0x88);
+      to[6 + odd] = (Quad)_mm512_shuffle_i64x2(odd_low, odd_high, 0xdd);
+    }
+  }
+
+ private:
+  // The compiler does not know that tiles read and write memory.
+  static VS_INLINE void settle() { asm volatile("" ::: "memory"); }
+  struct alignas(64) Config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  Config before_{};
+};
+#else
+class Matrices {
+ public:
+  Matrices() {}
+  static VS_INLINE void scores(const uint32_t*, const Quad*, int64_t, int64_t, Quad*) {}
+  static VS_INLINE void outputs(const uint8_t*, int64_t, const Quad*, int64_t, int64_t, Quad*) {}
+  static VS_INLINE void transpose(const Quad*, Quad*) {}
+};
+#endif
+
+}  // namespace

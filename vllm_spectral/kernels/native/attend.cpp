@@ -54,16 +54,15 @@ void attend_tile(Work& w, Tile& tile, State& state) {
       paged |= tile.any_paged[g] != 0;
       exact |= tile.any_exact[g] != 0;
     }
+    if (tile.any_paged[g]) {
+      page_scores(w, tile, g);
+      const uint8_t* bytes = tile.pages[g] + vs::kValueScales;
+      tile.value_flat[g] = flat_mask(bytes);
+      for (int h = 0; h < 2; h++) tile.value_scale[g][h] = scales(w.layer, bytes + h * vs::kHalf);
+    }
+    if (tile.any_exact[g]) exact_scores(w, tile, g);
   }
   if (!paged && !exact) return;
-  page_scores(w, tile);
-  for (int g = 0; g < tile.groups; g++) {
-    if (tile.any_exact[g]) exact_scores(w, tile, g);
-    if (!tile.any_paged[g]) continue;
-    const uint8_t* bytes = tile.pages[g] + vs::kValueScales;
-    tile.value_flat[g] = flat_mask(bytes);
-    for (int h = 0; h < 2; h++) tile.value_scale[g][h] = scales(w.layer, bytes + h * vs::kHalf);
-  }
   weigh(w, tile, state);
   if (paged) page_outputs(w, tile, state);
   if (exact) exact_outputs(w, tile, state);

@@ -114,22 +114,16 @@ void matrix_rows(Work& w, const int16_t* pair_of, int64_t first, int64_t count, 
       store(w.scratch.scores + (first + r) * kTile + g * vs::kGroup + h * vs::kHalf, sums[r][h] * scale[h]);
 }
 
-// A group's quads, both halves side by side, while those of the group that is ahead are fetched.
-inline void expand_quads(const Work& w, const Tile& tile, int g, Quad* to) {
+// Scores of a group for many rows, from its quads and pairs in the scratch.
+inline void matrix_scores(Work& w, const Tile& tile, int g, const v16f* scale) {
   const uint8_t* words = tile.pages[g] + w.layer.key_start[w.item.head];
   const int64_t half = w.layer.key_half[w.item.head];
   for (int64_t i = 0; i < w.key_quads.size(); i++) {
     const vs::Quad& quad = w.key_quads[i];
-    to[2 * i] = Quads::expand_any(quad, words + quad.offset, w.layer.byte_levels, 128);
-    to[2 * i + 1] = Quads::expand_any(quad, words + half + quad.offset, w.layer.byte_levels, 128);
+    w.scratch.key_quads[2 * i] = Quads::expand_any(quad, words + quad.offset, w.layer.byte_levels, 128);
+    w.scratch.key_quads[2 * i + 1] = Quads::expand_any(quad, words + half + quad.offset, w.layer.byte_levels, 128);
   }
   for (int64_t line = 0; line < w.key_lines; line++) __builtin_prefetch(tile.ahead[g] + line * vs::kVectorBytes, 0, 3);
-}
-
-// Scores of a group whose quads lie in the scratch, or what they come to.
-inline void matrix_scores(Work& w, const Tile& tile, int g, const v16f* scale) {
-  const uint8_t* words = tile.pages[g] + w.layer.key_start[w.item.head];
-  const int64_t half = w.layer.key_half[w.item.head];
   int64_t count = 0;
   int16_t pair_of[256];  // which of the query's pairs each one meets
   for (const vs::Field& field : w.key_singles.fields) {
@@ -138,6 +132,8 @@ inline void matrix_scores(Work& w, const Tile& tile, int g, const v16f* scale) {
     w.scratch.keys[2 * count + 1] = Pairs::expand_any(table, words + half + field.offset);
     pair_of[count++] = static_cast<int16_t>(field.channel);
   }
+  if (vs::kMatrices)
+    Matrices::scores(w.queries.quads.bytes, w.scratch.key_quads, vs::whole_tiles(w.key_quads.size()), w.rows, w.scratch.counts);
   int64_t r = 0;
   for (; r + 8 <= w.rows; r += 8) matrix_rows<8>(w, pair_of, r, count, scale, g);
   for (; r + 4 <= w.rows; r += 4) matrix_rows<4>(w, pair_of, r, count, scale, g);
@@ -160,18 +156,12 @@ inline void flat_scores(Work& w, const uint8_t* group, int g, uint32_t wanted) {
   }
 }
 
-// Scales of a group's keys and of the scores.
-VS_INLINE void score_scales(const Work& w, const uint8_t* group, v16f* scale) {
-  for (int h = 0; h < 2; h++) scale[h] = scales(w.layer, group + h * vs::kHalf) * w.call.scale;
-}
-
 // scores[r, group g] = scale * q . k for keys in a page, while those of the group at next are fetched: pages are scattered
 // over the pool, so that no hardware sees the next one coming.
-inline void group_scores(Work& w, const Tile& tile, int g) {
+inline void page_scores(Work& w, const Tile& tile, int g) {
   const uint8_t *group = tile.pages[g], *next = tile.ahead[g];
   const uint8_t* words = group + w.layer.key_start[w.item.head];
-  v16f scale[2];
-  score_scales(w, group, scale);
+  const v16f scale[2] = {scales(w.layer, group) * w.call.scale, scales(w.layer, group + vs::kHalf) * w.call.scale};
   switch (w.rows) {
     case 1: fused_scores<1>(w, words, next, scale, g); break;
     case 2: fused_scores<2>(w, words, next, scale, g); break;
@@ -181,40 +171,9 @@ inline void group_scores(Work& w, const Tile& tile, int g) {
     case 6: fused_scores<6>(w, words, next, scale, g); break;
     case 7: fused_scores<7>(w, words, next, scale, g); break;
     case 8: fused_scores<8>(w, words, next, scale, g); break;
-    default:
-      expand_quads(w, tile, g, w.scratch.key_quads);
-      matrix_scores(w, tile, g, scale);
+    default: matrix_scores(w, tile, g, scale);
   }
   flat_scores(w, group, g, tile.any_paged[g]);
-}
-
-// The same by matrices, for all of a tile's groups. While a group's are multiplied, the next one's quads are expanded: tiles
-// wait for what has just been written, and one who reads them for the multiplication.
-inline void tile_scores(Work& w, const Tile& tile) {
-  const auto following = [&](int g) {
-    while (g < tile.groups && !tile.any_paged[g]) g++;
-    return g;
-  };
-  const int64_t fours = vs::whole_tiles(w.key_quads.size());
-  int g = following(0), turn = 0;
-  if (g < tile.groups) expand_quads(w, tile, g, w.scratch.key_quads);
-  while (g < tile.groups) {
-    Matrices::scores(w.queries.quads.bytes, w.scratch.key_quads + turn * 2 * fours, fours, w.rows, w.scratch.counts);
-    const int next = following(g + 1);
-    turn ^= 1;
-    if (next < tile.groups) expand_quads(w, tile, next, w.scratch.key_quads + turn * 2 * fours);
-    v16f scale[2];
-    score_scales(w, tile.pages[g], scale);
-    matrix_scores(w, tile, g, scale);
-    flat_scores(w, tile.pages[g], g, tile.any_paged[g]);
-    g = next;
-  }
-}
-
-inline void page_scores(Work& w, const Tile& tile) {
-  if (vs::kMatrices && w.matrix) return tile_scores(w, tile);
-  for (int g = 0; g < tile.groups; g++)
-    if (tile.any_paged[g]) group_scores(w, tile, g);
 }
 
 }  // namespace

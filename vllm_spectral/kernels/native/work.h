@@ -86,7 +86,7 @@ struct Scratch {
   PairScalar* exact_pairs;   // [rows, kTileGroups, 16] weights
   Pair* keys;                // [dim / 2, 2] one group's keys
   Pair* values;              // [kBlock, kTileGroups]
-  Quad* key_quads;           // [dim / 2, 2] one group's keys; of matrices two groups'
+  Quad* key_quads;           // [dim / 2, 2] one group's keys
   Quad* value_quads;         // [kQuadsAtOnce, kTileGroups]; of matrices [kTileGroups, fours of tokens]
   Quad* paged_quads;         // [rows, kTileGroups] weights
   uint8_t* paged_bytes;      // [rows, kTile] weights of matrices, without the groups that nobody reads from pages
@@ -105,7 +105,7 @@ struct Scratch {
     carver.take(exact_pairs, kRows * kTileGroups * 16);
     carver.take(keys, dim);
     carver.take(values, kBlock * kTileGroups);
-    carver.take(key_quads, vs::kMatrices ? 4 * vs::whole_tiles(dim / 2) : dim);
+    carver.take(key_quads, 2 * vs::whole_tiles(dim / 2));
     carver.take(value_quads, (vs::kMatrices ? vs::kMatrixRows / 2 : vs::kQuadsAtOnce) * kTileGroups);
     carver.take(paged_quads, (vs::kMatrices ? vs::kFusedRows : kRows) * kTileGroups);
     carver.take(paged_bytes, vs::kMatrices ? kRows * kTile : 0);

@@ -20,9 +20,9 @@ const char* vs_isa() { return VS_ISA; }
 static bool has_matrices() {
 #if defined(__linux__)
   constexpr int kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of arch_prctl(2), the state's number
-  constexpr unsigned kTiles = 1u << 24, kTilesOfBytes = 1u << 25;
+  constexpr unsigned kNeeded = 1u << 24 | 1u << 25 | 1u << 22;  // tiles, of bytes, of bf16
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kTilesOfBytes)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
   return syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
 #else
   return false;

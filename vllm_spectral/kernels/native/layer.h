@@ -9,6 +9,9 @@
 #include <vector>
 
 #include "abi.h"
+#include "array.h"
+#include "bases.h"
+#include "features.h"
 
 namespace vs {
 
@@ -19,30 +22,6 @@ constexpr int kScales = 128;
 constexpr int kUnitScale = 64;    // index of scale 1; eight to an octave
 constexpr uint8_t kFlat = 0x80;  // flag of a scale byte
 constexpr int kValueScales = kGroup;  // byte of a group where the values' scales start; the keys' start at 0
-
-// Zeroed 64-byte aligned array.
-template <typename T>
-class Array {
- public:
-  explicit Array(size_t count = 0) : count_(count) {
-    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    data_.reset(bytes ? static_cast<T*>(aligned_alloc(64, bytes)) : nullptr);
-    if (bytes) memset(static_cast<void*>(data_.get()), 0, bytes);
-  }
-  Array(const T* from, size_t count) : Array(count) { memcpy(data_.get(), from, count * sizeof(T)); }
-  T* get() { return data_.get(); }
-  const T* get() const { return data_.get(); }
-  T& operator[](size_t i) { return data_.get()[i]; }
-  const T& operator[](size_t i) const { return data_.get()[i]; }
-  size_t bytes() const { return count_ * sizeof(T); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { free(p); }
-  };
-  size_t count_;
-  std::unique_ptr<T, Free> data_;
-};
 
 struct Field {
   int32_t offset, shift, bits, channel;
@@ -56,22 +35,6 @@ struct Singles {
   int64_t narrow = 0;
 };
 
-// Whether narrow fields are expanded to bytes, two of the same vector of words at once; see quads.h.
-#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
-#define VS_QUADS
-constexpr bool kQuads = true;
-#else
-constexpr bool kQuads = false;
-#endif
-// Whether many rows meet quads as matrices; see matrices.h.
-#if defined(__AMX_INT8__) && defined(VS_QUADS)
-#define VS_MATRICES
-constexpr bool kMatrices = true;
-#else
-constexpr bool kMatrices = false;
-#endif
-constexpr int kMatrixRows = 16;   // of a tile, which are its columns as well, and the fours of bytes of a row
-constexpr int64_t whole_tiles(int64_t n) { return (n + kMatrixRows - 1) / kMatrixRows * kMatrixRows; }
 constexpr int kFusedRows = 8;     // most rows whose sums stay in registers while keys are expanded; more are a matrix
 constexpr int kByteLevels = 64;   // bytes of a vector register
 constexpr int kQuadsAtOnce = 4;   // both parts of lists of values' quads are filled up with empty ones to multiples of it
@@ -87,6 +50,7 @@ struct Quad {
 struct QuadList {
   std::vector<Quad> quads;
   int64_t alike = 0;  // quads of equal widths
+  std::vector<int16_t> order;  // [whole tiles of quads, 2]: their members, -1: none
   int64_t size() const { return static_cast<int64_t>(quads.size()); }
   const Quad& operator[](int64_t i) const { return quads[i]; }
 };
@@ -101,7 +65,7 @@ constexpr int kNarrow = 5;  // widest codes whose levels fit one vector register
 
 struct Coding {
   const float* basis;       // [H, D, D], the caller's
-  Array<float> transposed;  // [H, D, D], of the values' basis: outputs are rotated back
+  Array<float> transposed;  // [H, D, D], of the values' basis: outputs are rotated back; none if matrices do that
   Array<float> center, width, inverse_width, flat_width, inverse_flat_width;  // [H, D]
   Array<float> inverse_stored, inverse_flat_stored;  // [H]: 1 / number of channels with bits
   Array<float> flat_needed;                          // [H]
@@ -162,6 +126,7 @@ struct Layer {
   std::vector<int32_t> key_start, key_half, value_start;
   std::vector<vs::Singles> key_pairs, value_singles;        // per head: what no quad holds
   std::vector<vs::QuadList> key_quads, value_quads;           // per head
+  vs::TiledBases key_tiles, value_tiles;  // the keys' bases, and the values' transposed ones
   vs::Array<int8_t> byte_levels;     // [kNarrow + 1, kByteLevels] of both fields' width, see below; of width 0: of all
   int64_t quad_floats = 0;           // two of each quad of values, of the head that has most, in whole vectors
   vs::Array<float> key_steps;      // [H, D] one step of a byte level; 0: in no quad
@@ -181,10 +146,12 @@ struct Layer {
         slot_bytes(spec.slot_bytes),
         max_bits(spec.max_bits),
         keys(spec.keys, heads, dim, false),
-        values(spec.values, heads, dim, true),
+        values(spec.values, heads, dim, !vs::kMatrices),
         key_start(spec.key_start, spec.key_start + heads),
         key_half(spec.key_half, spec.key_half + heads),
         value_start(spec.value_start, spec.value_start + heads),
+        key_tiles(spec.keys.basis, vs::kMatrices ? heads : 0, dim, false),
+        value_tiles(spec.values.basis, vs::kMatrices ? heads : 0, dim, true),
         byte_levels((vs::kNarrow + 1) * vs::kByteLevels),
         key_steps(heads * dim),
         quad_place(heads * dim),
@@ -290,6 +257,8 @@ struct Layer {
     found.alike = found.size();
     found.quads.insert(found.quads.end(), mixed.begin(), mixed.end());
     fill(0);
+    found.order.resize(2 * vs::whole_tiles(found.size()), -1);
+    for (int64_t i = 0; i < 2 * found.size(); i++) found.order[i] = static_cast<int16_t>(found[i / 2].members[i % 2]);
     return found;
   }
 
@@ -325,7 +294,7 @@ struct Layer {
   int64_t pair_row() const { return (row > 32 ? row : 32) / 2; }  // 32-bit units
 
   size_t bytes() const {
-    return keys.bytes() + values.bytes() + byte_levels.bytes() + key_steps.bytes() + quad_steps.bytes() + quad_place.bytes() +
+    return keys.bytes() + values.bytes() + key_tiles.bytes() + value_tiles.bytes() + byte_levels.bytes() + key_steps.bytes() + quad_steps.bytes() + quad_place.bytes() +
            levels.bytes() + edges.bytes() + pair_tables.bytes() + scales.bytes() + inverse_scales.bytes() + scale_bounds.bytes();
   }
 };

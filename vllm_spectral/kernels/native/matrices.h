@@ -1,7 +1,8 @@
-// Products of matrices of bytes, where the machine has tiles of them (AMX): up to 16 rows of 64 bytes each. One instruction
-// multiplies 16 rows with 16 columns of 64 bytes; sums are integers, the same as those of quads one by one.
+// Products of matrices, where the machine has tiles of them (AMX): up to 16 rows of 64 bytes each. One instruction multiplies
+// 16 rows with 16 columns of 64 bytes, or of 32 bf16 numbers. Sums of bytes are integers, the same as those of quads one by
+// one; bf16 rotates every row, few or many, so that its bits do not depend on how many there are.
 //
-// A is [rows, bytes], row-major. B's rows hold four bytes of each of 16 columns: of keys, columns are tokens and the four are
+// Of bytes, A is [rows, bytes], row-major. B's rows hold four bytes of each of 16 columns: of keys, columns are tokens and the four are
 // channels, which is how quads are expanded; of values, columns are channels and the four are tokens.
 #pragma once
 #include "quads.h"
@@ -96,6 +97,52 @@ class Matrices {
     settle();
   }
 
+  // out[16, dim] = vectors[16, dim] * basis[dim, dim]. Vectors are bf16, or sums of two bf16 numbers; the basis is one of
+  // TiledBases. What is left out are products of what is small in both.
+  static VS_INLINE void rotate(const uint16_t* high, const uint16_t* low, int64_t row_bytes, const uint16_t* basis_high,
+                               const uint16_t* basis_low, int64_t dim, float* out) {
+    settle();
+    const int64_t columns = dim / vs::kMatrixRows;
+    for (int64_t first = 0; first < columns; first += 4) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t step = 0; 32 * step < dim; step++) {
+        _tile_loadd(4, high + 32 * step, row_bytes);
+        if (low) _tile_loadd(5, low + 32 * step, row_bytes);
+        const int64_t at = (step * columns + first) * vs::kTileNumbers;
+#define VS_COLUMN(i)                                                            \
+  if (first + i < columns) {                                                    \
+    _tile_loadd(6, basis_low + at + i * vs::kTileNumbers, vs::kVectorBytes);    \
+    _tile_loadd(7, basis_high + at + i * vs::kTileNumbers, vs::kVectorBytes);   \
+    _tile_dpbf16ps(i, 4, 6);                                                    \
+    if (low) _tile_dpbf16ps(i, 5, 7);                                           \
+    _tile_dpbf16ps(i, 4, 7);                                                    \
+  }
+        VS_COLUMN(0)
+        VS_COLUMN(1)
+        VS_COLUMN(2)
+        VS_COLUMN(3)
+#undef VS_COLUMN
+      }
+      float* to = out + first * vs::kMatrixRows;
+      _tile_stored(0, to, 4 * dim);
+      if (first + 1 < columns) _tile_stored(1, to + vs::kMatrixRows, 4 * dim);
+      if (first + 2 < columns) _tile_stored(2, to + 2 * vs::kMatrixRows, 4 * dim);
+      if (first + 3 < columns) _tile_stored(3, to + 3 * vs::kMatrixRows, 4 * dim);
+    }
+    settle();
+  }
+
+  // 16 numbers as the sum of two bf16 numbers each.
+  static VS_INLINE void split(v16f x, uint16_t* high, uint16_t* low) {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+    const v16f back = (v16f)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), rounded);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), (__m256i)_mm512_cvtneps_pbh((__m512)(x - back)));
+  }
+
   // Eight vectors' 64-bit lanes, transposed: of quads of values of one group, lane i holds both channels' i-th four of tokens.
   static VS_INLINE void transpose(const Quad* quads, Quad* to) {
     __m512i twos[8];
@@ -133,6 +180,8 @@ class Matrices {
   Matrices() {}
   static VS_INLINE void scores(const uint32_t*, const Quad*, int64_t, int64_t, Quad*) {}
   static VS_INLINE void outputs(const uint8_t*, int64_t, const Quad*, int64_t, int64_t, Quad*) {}
+  static VS_INLINE void rotate(const uint16_t*, const uint16_t*, int64_t, const uint16_t*, const uint16_t*, int64_t, float*) {}
+  static VS_INLINE void split(v16f, uint16_t*, uint16_t*) {}
   static VS_INLINE void transpose(const Quad*, Quad*) {}
 };
 #endif

@@ -33,13 +33,9 @@ struct Pairs {
     return (v16f)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
   static VS_INLINE Value broadcast(const Scalar& x) { return v16u{} + x.bits; }
-  // Pairs of neighbouring numbers, dim / 2 of them, to every stride-th place.
-  static VS_INLINE void scalars(const float* from, int64_t dim, Scalar* to, int64_t stride) {
-    for (int64_t c = 0; c < dim; c += 16) {
-      alignas(32) uint32_t pairs[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + c)));
-      for (int i = 0; i < 8; i++) to[(c / 2 + i) * stride].bits = pairs[i];
-    }
+  static VS_INLINE Scalar scalar(float even, float odd) {
+    const __m128i pair = (__m128i)_mm_cvtneps_pbh(_mm_set_ps(0, 0, odd, even));
+    return {static_cast<uint32_t>(_mm_cvtsi128_si32(pair))};
   }
   static VS_INLINE Value of(v16f even, v16f odd) {
     const v16u low = (v16u)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
@@ -85,9 +81,7 @@ struct Pairs {
   static VS_INLINE Value expand_any(const Table& table, const uint8_t* words) { return expand(table, words); }
   static VS_INLINE v16f dot(v16f sum, const Value& a, const Value& b) { return a.odd * b.odd + (a.even * b.even + sum); }
   static VS_INLINE Value broadcast(const Scalar& x) { return {splat(x.even), splat(x.odd)}; }
-  static VS_INLINE void scalars(const float* from, int64_t dim, Scalar* to, int64_t stride) {
-    for (int64_t j = 0; j < dim / 2; j++) to[j * stride] = {from[2 * j], from[2 * j + 1]};
-  }
+  static VS_INLINE Scalar scalar(float even, float odd) { return {even, odd}; }
   static VS_INLINE Value of(v16f even, v16f odd) { return {even, odd}; }
   static VS_INLINE Value of_bf16(v16u both) { return {(v16f)(both << 16), (v16f)(both & 0xffff0000u)}; }
   static VS_INLINE void spread(const Value& value, Scalar* to) {

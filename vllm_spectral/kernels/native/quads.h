@@ -37,6 +37,14 @@ struct Quads {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)x));
   }
   static VS_INLINE Value rounded(v16f x) { return (Value)_mm512_cvtps_epi32((__m512)x); }
+  // 32 pairs of bytes in another order; 0 for a negative index. from: 64 pairs, of which the first half are all if few.
+  static VS_INLINE void permute(const int16_t* order, const int8_t* from, bool few, void* to) {
+    const __m512i index = _mm512_loadu_si512(order), low = _mm512_load_si512(from);
+    const __mmask32 some = ~_mm512_movepi16_mask(index);
+    const __m512i found = few ? _mm512_maskz_permutexvar_epi16(some, index, low)
+                              : _mm512_maskz_permutex2var_epi16(some, low, index, _mm512_load_si512(from + 64));
+    _mm512_storeu_si512(to, found);
+  }
   // Keeps the compiler from contracting a product here, but not there.
   static VS_INLINE v16f opaque(v16f x) {
     asm("" : "+v"(x));
@@ -52,6 +60,7 @@ struct Quads {
   static VS_INLINE void store_spread(uint8_t*, Value, Value) {}
   static VS_INLINE void store_bytes(int8_t*, Value) {}
   static VS_INLINE Value rounded(v16f) { return Value{}; }
+  static VS_INLINE void permute(const int16_t*, const int8_t*, bool, void*) {}
   static VS_INLINE v16f opaque(v16f x) { return x; }
 #endif
   // The levels that a quad of so many bits is expanded by.
@@ -100,17 +109,18 @@ struct QuadQueries {
     for (int k = 0; k < 16; k++) sum_of += total[k];
     bias[r] = -128 * sum_of;
     step[r] = largest / 127;
-    const int64_t quads = layer.key_quads[head].size(), stride = vs::whole_tiles(quads);
+    const vs::QuadList& quads = layer.key_quads[head];
+    const int64_t stride = vs::whole_tiles(quads.size());
     const bool matrix = vs::kMatrices && rows > vs::kFusedRows;
-    uint32_t* to = matrix ? bytes + r * stride : bytes + r;
-    if (matrix) std::fill(to + quads, to + stride, 0);
-    for (const vs::Quad& quad : layer.key_quads[head].quads) {
-      uint16_t pairs[2];
-      for (int half = 0; half < 2; half++)
-        memcpy(&pairs[half], rounded + (quad.members[half] < 0 ? layer.dim : 2 * quad.members[half]), 2);
-      *to = pairs[0] | static_cast<uint32_t>(pairs[1]) << 16;
-      to += matrix ? 1 : rows;
+    alignas(64) uint32_t own[128];
+    uint32_t* to = matrix ? bytes + r * stride : own;
+    if (layer.dim <= 128) {
+      for (int64_t i = 0; i < stride; i += 16) Quads::permute(quads.order.data() + 2 * i, rounded, layer.dim <= 64, to + i);
+    } else {
+      for (int64_t i = 0; i < 2 * stride; i++)
+        memcpy(reinterpret_cast<uint16_t*>(to) + i, rounded + (quads.order[i] < 0 ? layer.dim : 2 * quads.order[i]), 2);
     }
+    for (int64_t i = 0; !matrix && i < quads.size(); i++) bytes[i * rows + r] = own[i];
   }
 };
 

@@ -4,35 +4,50 @@
 
 namespace {
 
+// lines[count, dim] of the scratch = its vectors[count, dim] @ matrix[dim, dim].
+inline void turn(Scratch& s, int64_t count, const float* matrix, int64_t dim) {
+  for (int64_t i = 0; i < count; i += kTogether)
+    products(std::min<int64_t>(kTogether, count - i), s.vectors + i * dim, matrix, dim, s.lines + i * dim);
+}
+
+// A query as it came, in pairs; its vector is the same in float32, left out for bf16.
+inline void read_query(const Rows& query, int64_t token, int64_t head, int64_t dim, float* vector, Pair* exact) {
+  const int64_t parts = padded(dim) / 32;
+  if (query.dtype == kBFloat16) {
+    const uint16_t* in = static_cast<const uint16_t*>(query.data) + token * query.token_stride + head * query.head_stride;
+    for (int64_t part = 0; part < parts; part++) exact[part] = Pairs::of_bf16(channels(in, part, dim));
+    if (vs::kMatrices) return;
+  }
+  read_row(query, token, head, dim, vector);
+  if (query.dtype == kBFloat16) return;
+  for (int64_t part = 0; part < parts; part++) {
+    v16f even = {}, odd = {};
+    for (int k = 0; k < 16 && 32 * part + 2 * k < dim; k++) {
+      even[k] = vector[32 * part + 2 * k];
+      odd[k] = vector[32 * part + 2 * k + 1];
+    }
+    exact[part] = Pairs::of(even, odd);
+  }
+}
+
 // The queries of an item's rows, rotated.
 inline void prepare(const Shape& shape, const Item& item, Queries& queries, Scratch& s) {
-  const int64_t dim = shape.layer.dim, at = item.head * dim, parts = padded(dim) / 32;
-  const vs::Coding& keys = shape.layer.keys;
-  for (int64_t start = 0; start < item.rows; start += kTogether) {
-    const int64_t count = std::min<int64_t>(kTogether, item.rows - start);
+  const Layer& layer = shape.layer;
+  const int64_t dim = layer.dim, at = item.head * dim, parts = padded(dim) / 32;
+  const vs::Coding& keys = layer.keys;
+  const bool matrices = vs::kMatrices && shape.call.query.dtype == kBFloat16;
+  for (int64_t start = 0; start < item.rows; start += kTurned) {
+    const int64_t count = std::min<int64_t>(kTurned, item.rows - start);
     for (int64_t i = 0; i < count; i++) {
-      const int64_t r = start + i, row = item.first_row + r;
-      const int64_t token = shape.call.query_start[item.request] + row / shape.group;
+      const int64_t row = item.first_row + start + i, token = shape.call.query_start[item.request] + row / shape.group;
       const int64_t head = item.head * shape.group + row % shape.group;
-      const Rows& query = shape.call.query;
-      float* vector = s.vectors + i * dim;
-      read_row(query, token, head, dim, vector);
-      for (int64_t part = 0; part < parts; part++) {
-        Pair& pairs = queries.exact[r * parts + part];
-        if (query.dtype == kBFloat16) {
-          const uint16_t* in = static_cast<const uint16_t*>(query.data) + token * query.token_stride + head * query.head_stride;
-          pairs = Pairs::of_bf16(channels(in, part, dim));
-          continue;
-        }
-        v16f even = {}, odd = {};
-        for (int k = 0; k < 16 && 32 * part + 2 * k < dim; k++) {
-          even[k] = vector[32 * part + 2 * k];
-          odd[k] = vector[32 * part + 2 * k + 1];
-        }
-        pairs = Pairs::of(even, odd);
-      }
+      read_query(shape.call.query, token, head, dim, s.vectors + i * dim, queries.exact + (start + i) * parts);
     }
-    products(count, s.vectors, keys.basis + at * dim, dim, s.lines);
+    if (matrices)
+      Matrices::rotate(reinterpret_cast<const uint16_t*>(queries.exact + start * parts), nullptr, parts * sizeof(Pair),
+                       layer.key_tiles.high(item.head), layer.key_tiles.low(item.head), dim, s.lines);
+    else
+      turn(s, count, keys.basis + at * dim, dim);
     for (int64_t i = 0; i < count; i++) {
       const int64_t r = start + i;
       float* line = s.lines + i * dim;
@@ -44,27 +59,38 @@ inline void prepare(const Shape& shape, const Item& item, Queries& queries, Scra
         store(line + c, x * load(keys.width.get() + at + c));
       }
       queries.flat_center[r] = sum(at_center);
-      Pairs::scalars(line, dim, queries.paged + r, item.rows);
-      if constexpr (vs::kQuads) queries.quads.round(shape.layer, item.head, line, r, item.rows);
+      for (const vs::Field& field : layer.key_pairs[item.head].fields)
+        queries.paged[field.channel * item.rows + r] = Pairs::scalar(line[2 * field.channel], line[2 * field.channel + 1]);
+      if constexpr (vs::kQuads) queries.quads.round(layer, item.head, line, r, item.rows);
     }
   }
 }
 
 // The output of an item's rows: numerators over totals, rotated back.
 inline void finish(const Shape& shape, const Item& item, const State& state, Scratch& s) {
-  const int64_t dim = shape.layer.dim;
-  const float* back = shape.layer.values.transposed.get() + item.head * dim * dim;
-  const int32_t* place = shape.layer.quad_place.get() + item.head * dim;
-  for (int64_t start = 0; start < item.rows; start += kTogether) {
-    const int64_t count = std::min<int64_t>(kTogether, item.rows - start);
-    float share[kTogether];
+  const Layer& layer = shape.layer;
+  const int64_t dim = layer.dim, width = padded(dim);
+  const int32_t* place = layer.quad_place.get() + item.head * dim;
+  for (int64_t start = 0; start < item.rows; start += kTurned) {
+    const int64_t count = std::min<int64_t>(kTurned, item.rows - start);
+    float share[kTurned];
     for (int64_t i = 0; i < count; i++) {
       share[i] = state.total[start + i] > 0 ? 1.0f / state.total[start + i] : 0.0f;
       const float *rotated = state.rotated(start + i), *quads = state.quads(start + i);
-      for (int64_t c = 0; c < dim; c++)
-        s.vectors[i * dim + c] = (rotated[c] + (place[c] >= 0 ? quads[place[c]] : 0.0f)) * share[i];
+      for (int64_t c = 0; c < dim; c += 16) {
+        const v16f x = (load(rotated + c) + gather(quads, load_integers(place + c))) * share[i];
+        if (vs::kMatrices)
+          Matrices::split(x, s.high + i * width + c, s.low + i * width + c);
+        else
+          store(s.vectors + i * dim + c, x);
+      }
+      for (int64_t c = dim; vs::kMatrices && c < width; c++) s.high[i * width + c] = s.low[i * width + c] = 0;
     }
-    products(count, s.vectors, back, dim, s.lines);
+    if (vs::kMatrices)
+      Matrices::rotate(s.high, s.low, width * sizeof(uint16_t), layer.value_tiles.high(item.head), layer.value_tiles.low(item.head),
+                       dim, s.lines);
+    else
+      turn(s, count, layer.values.transposed.get() + item.head * dim * dim, dim);
     for (int64_t i = 0; i < count; i++) {
       const int64_t row = item.first_row + start + i;
       const float* plain = state.plain(start + i);

@@ -132,6 +132,18 @@ VS_INLINE v16f lookup(const float* table, [[maybe_unused]] int bits, v16i index)
 #endif
 }
 
+// from[index], or 0 where the index is negative.
+VS_INLINE v16f gather(const float* from, v16i index) {
+#if defined(__AVX512F__)
+  const __mmask16 some = _mm512_cmpge_epi32_mask((__m512i)index, _mm512_setzero_si512());
+  return (v16f)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, (__m512i)index, from, 4);
+#else
+  v16f result;
+  for (int i = 0; i < 16; i++) result[i] = index[i] < 0 ? 0.0f : from[index[i]];
+  return result;
+#endif
+}
+
 // An initializer in braces becomes a slow string instruction.
 template <int kCount>
 VS_INLINE void clear(v16f* vectors) {

@@ -18,6 +18,7 @@ constexpr int kTileGroups = 16, kTile = kTileGroups * vs::kGroup;  // positions 
 constexpr int kSpan = 2 * kTile;                                  // positions per unit of parallel work
 constexpr int kRows = 64;                                         // most (query, head) rows attended to together
 constexpr int kAhead = 2;   // groups from the one at work to the one being fetched
+constexpr int kTurned = vs::kMatrices ? vs::kMatrixRows : kTogether;  // rows that are rotated together
 constexpr int kBlock = 16;  // channels whose outputs are summed together
 constexpr float kNone = -INFINITY;
 
@@ -62,7 +63,7 @@ struct State {
 
 // The queries of some rows, in the forms in which they meet keys.
 struct Queries {
-  PairScalar* paged;   // [dim / 2, rows], rotated and times the channels' widths
+  PairScalar* paged;   // [dim / 2, rows], rotated and times the channels' widths; of pairs that are in no quad
   Pair* exact;         // [rows, padded dim / 32], as they came
   float* flat;         // [rows, dim], rotated and times the fallback's width
   float* flat_center;  // [rows], with the fallback's center
@@ -71,7 +72,7 @@ struct Queries {
   Queries(int64_t rows, int64_t dim, vs::Carver& carver) {
     quads.take(rows, dim, carver);
     carver.take(paged, rows * dim / 2);
-    carver.take(exact, rows * padded(dim) / 32);
+    carver.take(exact, (vs::kMatrices ? vs::whole_tiles(rows) : rows) * padded(dim) / 32);
     carver.take(flat, rows * dim);
     carver.take(flat_center, rows);
   }
@@ -93,7 +94,8 @@ struct Scratch {
   Quad* counts;              // [rows, 2] what matrices sum
   float* scaled;             // [kTogether, kTile] weights times their tokens' scales
   float* weight_step;        // [rows] of the weights' bytes
-  float *vectors, *lines;    // [kTogether, dim]
+  float *vectors, *lines;    // [kTurned, dim]
+  uint16_t *high, *low;      // [kTurned, padded dim] vectors to be turned by matrices
   float *item, *span;        // states
   uint16_t *copies, *zeros;  // [kGroup, dim] and [dim]: bf16 rows
 
@@ -112,8 +114,10 @@ struct Scratch {
     carver.take(counts, vs::kMatrices ? 2 * kRows : 0);
     carver.take(scaled, kTogether * kTile);
     carver.take(weight_step, kRows);
-    carver.take(vectors, kTogether * dim);
-    carver.take(lines, kTogether * dim);
+    carver.take(vectors, kTurned * dim);
+    carver.take(lines, kTurned * dim);
+    carver.take(high, vs::kMatrices ? kTurned * padded(dim) : 0);
+    carver.take(low, vs::kMatrices ? kTurned * padded(dim) : 0);
     carver.take(item, State::floats(kRows, layer));
     carver.take(span, State::floats(kRows, layer));
     carver.take(copies, vs::kGroup * dim);

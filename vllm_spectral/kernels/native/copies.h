@@ -69,6 +69,13 @@ inline void copies_of(Work& w, const Tile& tile, int g, bool keys, const uint16_
   }
 }
 
+// Puts a row's scores of half a group's copies over those of pages where it reads them.
+VS_INLINE void put_scores(Work& w, int64_t row, v16f scores, uint32_t mask, int64_t first, int g, int h) {
+  const uint32_t read = w.seen(row, first) >> h * vs::kHalf & mask & w.near(row, first) >> h * vs::kHalf;
+  float* at = w.scratch.scores + row * kTile + g * vs::kGroup + h * vs::kHalf;
+  store(at, select(lanes(read), scores * w.call.scale, load(at)));
+}
+
 // Up to R rows over half a group: a vector of sums holds all of them for as many tokens as it has room for.
 template <int R>
 void exact_rows(Work& w, const uint16_t* const* keys, uint32_t mask, int64_t start, int64_t first, int g, int h) {
@@ -96,10 +103,25 @@ void exact_rows(Work& w, const uint16_t* const* keys, uint32_t mask, int64_t sta
 #pragma GCC unroll 4
     for (int i = 0; i < R; i++) memcpy(&scores[i][t], found + i * kTokens, kTokens * sizeof(float));
   }
-  for (int i = 0; i < R && start + i < w.rows; i++) {
-    const uint32_t read = w.seen(start + i, first) >> h * vs::kHalf & mask & w.near(start + i, first) >> h * vs::kHalf;
-    float* at = w.scratch.scores + (start + i) * kTile + g * vs::kGroup + h * vs::kHalf;
-    store(at, select(lanes(read), load(scores[i]) * w.call.scale, load(at)));
+  for (int i = 0; i < R && start + i < w.rows; i++) put_scores(w, start + i, load(scores[i]), mask, first, g, h);
+}
+
+// All rows over half a group by matrices of keys, channels by tokens.
+inline void matrix_exact_rows(Work& w, const uint16_t* const* keys, uint32_t mask, int64_t first, int g, int h) {
+  const int64_t parts = padded(w.dim) / 32;
+  for (int64_t part = 0; part < parts; part++) {
+    v16u rows[16];
+#pragma GCC unroll 16
+    for (int t = 0; t < 16; t++) rows[t] = channels(keys[t], part, w.dim);
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; k++) w.scratch.value_quads[part * 16 + k] = (Quad)rows[k];
+    w.next.copies(static_cast<int>(16 / parts));
+  }
+  for (int64_t start = 0; start < w.rows; start += vs::kMatrixRows) {
+    Matrices::pairs(w.queries.exact + start * parts, parts * sizeof(Pair), w.scratch.value_quads, parts, w.scratch.block);
+    for (int64_t r = start; r < std::min(start + vs::kMatrixRows, w.rows); r++)
+      put_scores(w, r, load(w.scratch.block + 16 * (r - start)), mask, first, g, h);
   }
 }
 
@@ -111,6 +133,10 @@ inline void exact_scores(Work& w, const Tile& tile, int g) {
     const uint32_t half = tile.any_exact[g] >> h * vs::kHalf & 0xffff;
     if (!half) continue;
     const uint16_t* const* at = rows + h * vs::kHalf;
+    if (vs::kMatrices) {
+      matrix_exact_rows(w, at, half, tile.first(g), g, h);
+      continue;
+    }
     for (int64_t r = 0; r < w.rows;) {
       switch (w.rows - r) {
         case 1: exact_rows<1>(w, at, half, r, tile.first(g), g, h); r += 1; break;
@@ -153,11 +179,37 @@ void add_copies(Work& w, const uint16_t* const* values, uint32_t tokens, int64_t
   }
 }
 
+// All rows' outputs of a group's copies by matrices of values, tokens by channels.
+inline void matrix_add_copies(Work& w, const uint16_t* const* values, int g, State& state) {
+  Quad *even = w.scratch.value_quads, *odd = even + vs::kMatrixRows;
+  for (int64_t part = 0; part < padded(w.dim) / 32; part++) {
+#pragma GCC unroll 16
+    for (int t = 0; t < 16; t++) {
+      const v16u a = channels(values[t], part, w.dim), b = channels(values[16 + t], part, w.dim);
+      even[t] = (Quad)((a & 0xffffu) | b << 16);
+      odd[t] = (Quad)(a >> 16 | (b & 0xffff0000u));
+    }
+    for (int64_t start = 0; start < w.rows; start += vs::kMatrixRows)
+      for (int half = 0; half < 2; half++) {
+        Matrices::pairs(w.scratch.exact_pairs + (start * kTileGroups + g) * 16, kTileGroups * sizeof(Pair), half ? odd : even, 1,
+                        w.scratch.block);
+        for (int64_t r = start; r < std::min(start + vs::kMatrixRows, w.rows); r++) {
+          float* out = state.plain(r) + part * 32 + half * 16;
+          store(out, load(out) + load(w.scratch.block + 16 * (r - start)));
+        }
+      }
+  }
+}
+
 inline void exact_outputs(Work& w, const Tile& tile, State& state) {
   for (int g = 0; g < tile.groups; g++) {
     if (!tile.any_exact[g]) continue;
     const uint16_t* rows[vs::kGroup];
     copies_of(w, tile, g, false, rows);
+    if (vs::kMatrices) {
+      matrix_add_copies(w, rows, g, state);
+      continue;
+    }
     const uint32_t tokens = (tile.any_exact[g] | tile.any_exact[g] >> 16) & 0xffff;
     for (int64_t r = 0; r < w.rows;) {
       switch (w.rows - r) {

@@ -135,6 +135,19 @@ class Matrices {
     settle();
   }
 
+  // out[16, 16] = a[16, 32 * steps] * b[32 * steps, 16], of bf16; a step of a's rows is 64 bytes, one of b's 16 vectors of pairs.
+  static VS_INLINE void pairs(const void* a, int64_t row_bytes, const Quad* b, int64_t steps, float* out) {
+    settle();
+    _tile_zero(0);
+    for (int64_t step = 0; step < steps; step++) {
+      _tile_loadd(4, static_cast<const uint8_t*>(a) + step * vs::kVectorBytes, row_bytes);
+      _tile_loadd(5, b + step * vs::kMatrixRows, vs::kVectorBytes);
+      _tile_dpbf16ps(0, 4, 5);
+    }
+    _tile_stored(0, out, vs::kVectorBytes);
+    settle();
+  }
+
   // 16 numbers as the sum of two bf16 numbers each.
   static VS_INLINE void split(v16f x, uint16_t* high, uint16_t* low) {
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)x);
@@ -181,6 +194,7 @@ class Matrices {
   static VS_INLINE void scores(const uint32_t*, const Quad*, int64_t, int64_t, Quad*) {}
   static VS_INLINE void outputs(const uint8_t*, int64_t, const Quad*, int64_t, int64_t, Quad*) {}
   static VS_INLINE void rotate(const uint16_t*, const uint16_t*, int64_t, const uint16_t*, const uint16_t*, int64_t, float*) {}
+  static VS_INLINE void pairs(const void*, int64_t, const Quad*, int64_t, float*) {}
   static VS_INLINE void split(v16f, uint16_t*, uint16_t*) {}
   static VS_INLINE void transpose(const Quad*, Quad*) {}
 };

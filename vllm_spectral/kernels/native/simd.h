@@ -183,6 +183,32 @@ VS_INLINE v16i sums_but_last(v16i* rows) {
   return fold<2>(rows[0], rows[1]);
 }
 
+// Of 16 vectors as the rows of a matrix: blocks of kDistance exchanged across the diagonal; all four sizes transpose it.
+template <int kDistance, typename V>
+VS_INLINE void exchange(V* rows) {
+  v16i upper, lower;
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) {
+    upper[i] = i & kDistance ? 16 + i - kDistance : i;
+    lower[i] = i & kDistance ? 16 + i : i + kDistance;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) {
+    if (i & kDistance) continue;
+    const V a = rows[i], b = rows[i + kDistance];
+    rows[i] = __builtin_shuffle(a, b, upper);
+    rows[i + kDistance] = __builtin_shuffle(a, b, lower);
+  }
+}
+
+template <typename V>
+VS_INLINE void transpose(V* rows) {
+  exchange<8>(rows);
+  exchange<4>(rows);
+  exchange<2>(rows);
+  exchange<1>(rows);
+}
+
 template <int kDistance>
 VS_INLINE v16f swapped(v16f x) {
   v16i other;

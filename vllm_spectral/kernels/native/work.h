@@ -92,6 +92,7 @@ struct Scratch {
   Quad* paged_quads;         // [rows, kTileGroups] weights
   uint8_t* paged_bytes;      // [rows, kTile] weights of matrices, without the groups that nobody reads from pages
   Quad* counts;              // [rows, 2] what matrices sum
+  float* block;              // [kMatrixRows, 16] the same of bf16
   float* scaled;             // [kTogether, kTile] weights times their tokens' scales
   float* weight_step;        // [rows] of the weights' bytes
   float *vectors, *lines;    // [kTurned, dim]
@@ -112,6 +113,7 @@ struct Scratch {
     carver.take(paged_quads, (vs::kMatrices ? vs::kFusedRows : kRows) * kTileGroups);
     carver.take(paged_bytes, vs::kMatrices ? kRows * kTile : 0);
     carver.take(counts, vs::kMatrices ? 2 * kRows : 0);
+    carver.take(block, vs::kMatrices ? vs::kMatrixRows * 16 : 0);
     carver.take(scaled, kTogether * kTile);
     carver.take(weight_step, kRows);
     carver.take(vectors, kTurned * dim);

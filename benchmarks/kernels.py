@@ -79,7 +79,7 @@ class Bench:
     def __init__(self, case: Case, profile: Profile, isa: str) -> None:
         self.case = case
         times = case.dim // profile.fingerprint.head_dim
-        layer = widened(profile.layers[len(profile.layers) // 3], case.heads, times)
+        self.layer = layer = widened(profile.layers[len(profile.layers) // 3], case.heads, times)
         self.codec = layer.codec(profile.slot_bytes * times, profile.codebooks)
         self.isa = isa
         self.native = NativeLayer(self.codec, library({ISA_VARIABLE: isa}))

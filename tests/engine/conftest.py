@@ -20,6 +20,7 @@ import pytest
 from benchmarks.texts import write as write_texts
 from deploy.process import START_SECONDS, running
 from deploy.process import command as cli
+from tests.environment import BATCH_INVARIANT
 from vllm_spectral.backend.engine import cpu_dtype
 from vllm_spectral.models.demo import demo_model
 
@@ -77,8 +78,10 @@ def run_engine(demo: Path, work: Path) -> Callable[..., dict[str, Any]]:
             "kv_cache_memory_bytes": POOL_BYTES,
             "enable_prefix_caching": False,
         }
+        products: dict[str, str] = {}
         if spectral is not None:
             defaults["additional_config"] = {"spectral": spectral}
+            products = BATCH_INVARIANT
         request = {
             "model": str(model or demo), "options": defaults | options, "rounds": rounds, "max_tokens": max_tokens,
         }  # fmt: skip
@@ -87,7 +90,7 @@ def run_engine(demo: Path, work: Path) -> Callable[..., dict[str, Any]]:
             process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("runner.py"))],
                 stdin=subprocess.PIPE, stdout=out, stderr=err, start_new_session=True,
-                env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"} | (environment or {}),
+                env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"} | products | (environment or {}),
             )  # fmt: skip
             try:
                 process.communicate(json.dumps(request).encode(), timeout=START_SECONDS)

@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import DIM
 from tests.engine.conftest import POOL_BYTES
 from tests.engine.tiny import make_tiny
+from tests.environment import AS_IT_COMES
 from vllm_spectral.backend.engine import cpu_dtype
 
 RunEngine = Callable[..., dict[str, Any]]
@@ -149,7 +150,7 @@ def test_unconfigured_the_plugin_changes_nothing(
     stock: dict[str, Any], run_engine: RunEngine, long_prompt: str, spectral: dict[str, Any]
 ) -> None:
     loaded = run_engine([[long_prompt], [SHORT]])
-    disabled = run_engine([[long_prompt]], spectral=spectral, environment={"VLLM_SPECTRAL_DISABLE": "1"})
+    disabled = run_engine([[long_prompt]], spectral=spectral, environment=AS_IT_COMES | {"VLLM_SPECTRAL_DISABLE": "1"})
     assert ids(loaded) == ids(stock)
     assert ids(disabled)[0] == ids(stock)[0]
     assert loaded["capacity"] == disabled["capacity"] == stock["capacity"]
@@ -169,7 +170,8 @@ def test_exempt_layers_keep_stock_pages(run_engine: RunEngine, spectral: dict[st
     per_token = 3 * (28 * slot + 2 * dense)
     exact = 10 * WINDOW_BYTES // (28 * 3 * 8 * DIM * 4) * (28 * 3 * 8 * DIM * 4)
     assert some["capacity"] == (POOL_BYTES - exact) // (32 * per_token) * 32
-    every = run_engine([[SHORT]], spectral=spectral | {"exempt_layers": list(range(30))})
+    all_layers = list(range(30))
+    every = run_engine([[SHORT]], spectral=spectral | {"exempt_layers": all_layers}, environment=AS_IT_COMES)
     assert ids(every)[0] == ids(stock)[1]
     assert every["capacity"] == stock["capacity"]
 

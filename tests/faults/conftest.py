@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.measure import circumstances
 from deploy.process import ServerProcess, command, running
+from tests.environment import BATCH_INVARIANT
 from tests.faults.traffic import Load, Outcome, company, prompts
 
 POOL = "64M"
@@ -88,7 +89,7 @@ def serve(profile: Path, tmp_path: Path) -> Serving:
         *flags: str, port: int = 0, path: Path | None = None, environment: dict[str, str] | None = None
     ) -> contextlib.AbstractContextManager[ServerProcess]:
         argv = command("serve", "demo", "--profile", str(path or profile), *FLAGS, *flags)
-        return running(argv, tmp_path / "server.log", environment, port)
+        return running(argv, tmp_path / "server.log", BATCH_INVARIANT | (environment or {}), port)
 
     return start
 
@@ -103,7 +104,7 @@ def texts() -> list[str]:
 def reference(profile: Path, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str | None]:
     """The answers of a server that nothing disturbs."""
     argv = command("serve", "demo", "--profile", str(profile), *FLAGS)
-    with running(argv, tmp_path_factory.mktemp("reference") / "log") as server, company(server.url):
+    with running(argv, tmp_path_factory.mktemp("reference") / "log", BATCH_INVARIANT) as server, company(server.url):
         found = Load(server.url, texts, ANSWER_TOKENS, 8).outcomes()
     assert all(outcome.status == 200 for outcome in found)
     return [outcome.text for outcome in found]

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from deploy.process import command, running
 
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."
 POOL = "256M"
 console = Console()
 

@@ -100,7 +100,7 @@ def wait_ready(engine: Engine, url: str) -> float:
 def ask(url: str) -> str:
     """The answer to the usual question; also one under a grammar, and what the cache costs."""
     client = OpenAI(base_url=f"{url}/v1", api_key=KEY)
-    question: Any = [{"role": "user", "content": "What is the capital of France?"}]
+    question: Any = [{"role": "user", "content": "Name the capital of France."}]
     answer = client.chat.completions.create(
         model="demo", messages=question, max_tokens=24, temperature=0, logprobs=True, top_logprobs=2
     )

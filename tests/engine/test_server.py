@@ -10,7 +10,7 @@ import pytest
 
 from tests.engine.conftest import POOL_BYTES, Server
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "Name the capital of France."}]
 
 
 @pytest.fixture(scope="module")

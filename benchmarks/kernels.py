@@ -73,6 +73,30 @@ def sample(basis: Tensor, spectrum: Tensor, seed: int) -> Tensor:
     return torch.einsum("thc,hdc->thd", draw, basis).bfloat16()
 
 
+def stock_attention(
+    case: Case, query: Tensor, requests: Requests, table: Tensor, cache_dtype: str = "auto"
+) -> Callable[[Tensor, Tensor], None]:
+    """VLLM's own kernel for a step of some requests, given a cache's keys and values."""
+    isa = _get_attn_isa(torch.bfloat16, BLOCK, case.dim, cache_dtype)
+    schedule = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=case.batch, num_heads=case.heads * case.group, num_kv_heads=case.heads, head_dim=case.dim,
+        seq_lens=requests.context_lens, dtype=torch.bfloat16, query_start_loc=requests.query_start,
+        causal=True, sliding_window_size=-1, isa=isa, enable_kv_split=True, dynamic_causal=None,
+        kv_cache_dtype=cache_dtype,
+    )  # fmt: skip
+    output = torch.empty_like(query)
+
+    def run(keys: Tensor, values: Tensor) -> None:
+        ops.cpu_attention_with_kv_cache(
+            query=query, key_cache=keys, value_cache=values, output=output,
+            query_start_loc=requests.query_start, seq_lens=requests.context_lens, scale=case.dim**-0.5,
+            causal=True, alibi_slopes=None, sliding_window=-1, block_table=table, softcap=0.0,
+            scheduler_metadata=schedule, s_aux=None, kv_cache_dtype=cache_dtype,
+        )  # fmt: skip
+
+    return run
+
+
 class Bench:
     """One case, ready to run."""
 
@@ -152,25 +176,11 @@ class Bench:
             if cache_dtype != "auto":
                 cache = cache.to(torch.float8_e4m3fn).view(torch.uint8)
             caches.append(cache.chunk(2, dim=2))
-        isa = _get_attn_isa(torch.bfloat16, BLOCK, case.dim, cache_dtype)
-        schedule = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=case.batch, num_heads=case.heads * case.group, num_kv_heads=case.heads, head_dim=case.dim,
-            seq_lens=self.requests.context_lens, dtype=torch.bfloat16, query_start_loc=self.requests.query_start,
-            causal=True, sliding_window_size=-1, isa=isa, enable_kv_split=True, dynamic_causal=None,
-            kv_cache_dtype=cache_dtype,
-        )  # fmt: skip
-        pool, output = itertools.cycle(caches), torch.empty_like(self.query)
-
-        def run() -> None:
-            keys, values = next(pool)
-            ops.cpu_attention_with_kv_cache(
-                query=self.query, key_cache=keys, value_cache=values, output=output,
-                query_start_loc=self.requests.query_start, seq_lens=self.requests.context_lens, scale=self.scale,
-                causal=True, alibi_slopes=None, sliding_window=-1, block_table=self.table, softcap=0.0,
-                scheduler_metadata=schedule, s_aux=None, kv_cache_dtype=cache_dtype,
-            )  # fmt: skip
-
-        return run
+        attend, pool = (
+            stock_attention(case, self.query, self.requests, self.table, cache_dtype),
+            itertools.cycle(caches),
+        )
+        return lambda: attend(*next(pool))
 
     def compare(self, rounds: int = 9) -> dict[str, Any]:
         """Seconds per call of every side, one figure per round; checked first."""

@@ -18,7 +18,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from benchmarks.kernels import BLOCK, Bench, Case, sample
+from benchmarks.kernels import BLOCK, Bench, Case, sample, stock_attention
 from benchmarks.measure import interleaved, ratios, save, spread
 from vllm_spectral.kernels.interface import Requests
 from vllm_spectral.kernels.layer import NativeLayer
@@ -66,22 +66,11 @@ class Prefill:
         case = self.bench.case
         isa = _get_attn_isa(torch.bfloat16, BLOCK, case.dim, "auto")
         keys, values = torch.randn(self.bench.blocks, case.heads, 2 * BLOCK, case.dim).bfloat16().chunk(2, dim=2)
-        schedule = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=1, num_heads=case.heads * case.group, num_kv_heads=case.heads, head_dim=case.dim,
-            seq_lens=self.requests.context_lens, dtype=torch.bfloat16, query_start_loc=self.requests.query_start,
-            causal=True, sliding_window_size=-1, isa=isa, enable_kv_split=True, dynamic_causal=None,
-            kv_cache_dtype="auto",
-        )  # fmt: skip
-        output = torch.empty_like(self.query)
+        attend = stock_attention(case, self.query, self.requests, self.bench.table)
 
         def run() -> None:
             ops.cpu_attn_reshape_and_cache(self.keys, self.values, keys, values, self.slots, isa)
-            ops.cpu_attention_with_kv_cache(
-                query=self.query, key_cache=keys, value_cache=values, output=output,
-                query_start_loc=self.requests.query_start, seq_lens=self.requests.context_lens, scale=self.bench.scale,
-                causal=True, alibi_slopes=None, sliding_window=-1, block_table=self.bench.table, softcap=0.0,
-                scheduler_metadata=schedule, s_aux=None, kv_cache_dtype="auto",
-            )  # fmt: skip
+            attend(keys, values)
 
         return run
 

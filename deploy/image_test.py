@@ -18,6 +18,7 @@ import httpx
 from openai import OpenAI
 
 from deploy.containers import Engine, concluded, find_engine, say
+from deploy.demo import QUESTION
 from deploy.image import add_arguments, build
 
 TAG = "localhost/vllm-spectral:test"
@@ -100,7 +101,7 @@ def wait_ready(engine: Engine, url: str) -> float:
 def ask(url: str) -> str:
     """The answer to the usual question; also one under a grammar, and what the cache costs."""
     client = OpenAI(base_url=f"{url}/v1", api_key=KEY)
-    question: Any = [{"role": "user", "content": "Name the capital of France."}]
+    question: Any = [{"role": "user", "content": QUESTION}]
     answer = client.chat.completions.create(
         model="demo", messages=question, max_tokens=24, temperature=0, logprobs=True, top_logprobs=2
     )

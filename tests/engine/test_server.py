@@ -8,9 +8,10 @@ import time
 import openai
 import pytest
 
+from deploy.demo import QUESTION
 from tests.engine.conftest import POOL_BYTES, Server
 
-QUESTION = [{"role": "user", "content": "Name the capital of France."}]
+MESSAGES = [{"role": "user", "content": QUESTION}]
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +20,13 @@ def client(server: Server) -> openai.OpenAI:
 
 
 def test_it_answers(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=32, temperature=0)  # type: ignore[arg-type]
+    answer = client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=32, temperature=0)  # type: ignore[arg-type]
     assert "Paris" in (answer.choices[0].message.content or "")
 
 
 def test_it_streams(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
-        model="demo", messages=QUESTION, max_tokens=32, temperature=0, stream=True  # type: ignore[arg-type]
+        model="demo", messages=MESSAGES, max_tokens=32, temperature=0, stream=True  # type: ignore[arg-type]
     )  # fmt: skip
     parts = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert len(parts) > 3

@@ -147,6 +147,15 @@ inline void exact_scores(Work& w, const Tile& tile, int g) {
   }
 }
 
+// 32 channels of two tokens as pairs of tokens: of the even channels, and of the odd ones.
+struct TokenPairs {
+  v16u even, odd;
+};
+VS_INLINE TokenPairs token_pairs(const uint16_t* const* values, int t, int64_t part, int64_t dim) {
+  const v16u a = channels(values[t], part, dim), b = channels(values[16 + t], part, dim);
+  return {(a & 0xffffu) | b << 16, a >> 16 | (b & 0xffff0000u)};
+}
+
 // R rows' outputs of a group's copies: pairs of tokens, channels in lanes.
 template <int R>
 void add_copies(Work& w, const uint16_t* const* values, uint32_t tokens, int64_t first, int g, State& state) {
@@ -162,8 +171,8 @@ void add_copies(Work& w, const uint16_t* const* values, uint32_t tokens, int64_t
     }
     for (uint32_t left = tokens; left; left &= left - 1) {
       const int t = __builtin_ctz(left);
-      const v16u a = channels(values[t], part, w.dim), b = channels(values[16 + t], part, w.dim);
-      const Pair low = Pairs::of_bf16((a & 0xffffu) | b << 16), high = Pairs::of_bf16(a >> 16 | (b & 0xffff0000u));
+      const TokenPairs pairs = token_pairs(values, t, part, w.dim);
+      const Pair low = Pairs::of_bf16(pairs.even), high = Pairs::of_bf16(pairs.odd);
 #pragma GCC unroll 4
       for (int i = 0; i < R; i++) {
         const Pair weight = Pairs::broadcast(weights[i * kTileGroups * 16 + t]);
@@ -185,9 +194,9 @@ inline void matrix_add_copies(Work& w, const uint16_t* const* values, int g, Sta
   for (int64_t part = 0; part < padded(w.dim) / 32; part++) {
 #pragma GCC unroll 16
     for (int t = 0; t < 16; t++) {
-      const v16u a = channels(values[t], part, w.dim), b = channels(values[16 + t], part, w.dim);
-      even[t] = (Quad)((a & 0xffffu) | b << 16);
-      odd[t] = (Quad)(a >> 16 | (b & 0xffff0000u));
+      const TokenPairs pairs = token_pairs(values, t, part, w.dim);
+      even[t] = (Quad)pairs.even;
+      odd[t] = (Quad)pairs.odd;
     }
     for (int64_t start = 0; start < w.rows; start += vs::kMatrixRows)
       for (int half = 0; half < 2; half++) {

@@ -36,6 +36,7 @@ struct Singles {
 };
 
 constexpr int kFusedRows = 8;     // most rows whose sums stay in registers while keys are expanded; more are a matrix
+constexpr bool is_matrix(int64_t rows) { return kMatrices && rows > kFusedRows; }
 constexpr int kByteLevels = 64;   // bytes of a vector register
 constexpr int kQuadsAtOnce = 4;   // both parts of lists of values' quads are filled up with empty ones to multiples of it
 

@@ -106,7 +106,7 @@ inline void matrix_quads(const Work& w, const Read& read, State& state) {
 
 // Channels in quads, kQuadsAtOnce of them together.
 inline void quad_outputs(const Work& w, Read& read, State& state) {
-  if (vs::kMatrices && w.matrix) return matrix_quads(w, read, state);
+  if (vs::is_matrix(w.rows)) return matrix_quads(w, read, state);
   for (int64_t first = 0; first < w.value_quads.size(); first += vs::kQuadsAtOnce) {
     const vs::Quad* quads = w.value_quads.quads.data() + first;
     read.line = w.value_lines * first / w.value_quads.size() * vs::kVectorBytes;

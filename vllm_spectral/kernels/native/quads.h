@@ -111,7 +111,7 @@ struct QuadQueries {
     step[r] = largest / 127;
     const vs::QuadList& quads = layer.key_quads[head];
     const int64_t stride = vs::whole_tiles(quads.size());
-    const bool matrix = vs::kMatrices && rows > vs::kFusedRows;
+    const bool matrix = vs::is_matrix(rows);
     alignas(64) uint32_t own[128];
     uint32_t* to = matrix ? bytes + r * stride : own;
     if (layer.dim <= 128) {

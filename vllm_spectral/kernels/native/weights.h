@@ -116,7 +116,7 @@ void to_bytes(Work& w, const Tile& tile, int64_t first, const float* largest) {
         bytes[h] = Quads::rounded(x);
         carried[i][h] = x - Quads::numbers(bytes[h]);
       }
-      if (vs::kMatrices && w.matrix)
+      if (vs::is_matrix(w.rows))
         Quads::store_spread(matrix + i * kTile, bytes[0], bytes[1]);
       else
         w.scratch.paged_quads[(first + i) * kTileGroups + g] = Quads::spread(bytes[0], bytes[1]);

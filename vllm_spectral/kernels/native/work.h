@@ -211,7 +211,6 @@ struct Work {
   int64_t context, before, first_query, last_query;  // before: tokens of the request before the step
   int64_t pages_end;                // where this item's pages end: positions from here on are the next item's, or exact
   int64_t key_lines, value_lines;   // cache lines of a group, the scales counted with the keys
-  const bool matrix;                // rows are so many that matrices multiply them
   int64_t position[kRows];
 
   Work(const Shape& shape, const Item& work, const Queries& prepared, Scratch& own, const Item* following)
@@ -227,8 +226,7 @@ struct Work {
         key_quads(layer.key_quads[item.head]),
         value_quads(layer.value_quads[item.head]),
         value_width(layer.values.width.get() + item.head * dim),
-        next(shape, following),
-        matrix(vs::kMatrices && item.rows > vs::kFusedRows) {
+        next(shape, following) {
     context = call.context_lens[item.request];
     before = context - shape.queries(item.request);
     first_query = before + item.first_row / shape.group;

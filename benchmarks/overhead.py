@@ -1,27 +1,33 @@
-"""What watching itself costs a server: output tokens per second with it and without, one server at a time.
+"""What watching itself costs a server: output tokens per second with it and without, in slices of a second.
 
 Without it is vLLM's own server with the plugin, sampling off: no monitor, no canary, no metrics of ours, no middleware,
-vLLM's scheduler. Both servers live; the one that is not measured is stopped (SIGSTOP). The defaults are measured: one step in
-200, a canary a minute, workers asked every two seconds. A window is a minute, hence one canary.
+vLLM's scheduler. Both servers are under the same load all the time; they run in turn, the other one stopped (SIGSTOP), for
+slices so short that what else happens on the machine happens to both. All tokens of one side are compared with all of the
+other; the interval is a bootstrap over pairs of slices.
 
-    python -m benchmarks.overhead balanced.spectral --rounds 5
+The defaults are measured: one step in 200, workers asked every two seconds, a canary a minute. A server that is stopped half
+of the time has two minutes for a minute of its own, so that the pause between canaries is doubled.
+
+    python -m benchmarks.overhead balanced.spectral --seconds 1 --rounds 600
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import signal
-import statistics
 import tempfile
 import threading
 import time
 import urllib.request
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openai import OpenAI
+from rich.progress import track
 
 from benchmarks.measure import save
 from benchmarks.serving import stock_server
@@ -29,77 +35,141 @@ from benchmarks.texts import prose
 from deploy.process import ServerProcess, command, running
 from vllm_spectral.config import CONFIG_KEY
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 FLAGS = ("--max-model-len", "2048", "--kv-cache-memory-bytes", "256M")
+PROMPT_CHARACTERS, ANSWER_TOKENS = 1500, 100
+WARM_UP_SECONDS = 20
+REDRAWS = 2000
 
 
 def get(server: ServerProcess, path: str) -> Any:
     return json.load(urllib.request.urlopen(server.url + path))
 
 
-def window(server: ServerProcess, clients: int, seconds: float) -> float:
-    """Output tokens per second of a closed loop of clients."""
-    text, end, counts = prose("held-out"), time.monotonic() + seconds, [0] * clients
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+class Load:
+    """A closed loop of clients; counts the tokens that have come."""
 
-    def work(index: int) -> None:
-        turn = 0
-        while time.monotonic() < end:
-            start = (index * 7919 + turn * 1543) % (len(text) - 3000)
-            stream = client.completions.create(
-                model="demo", prompt=text[start : start + 1500], max_tokens=100, temperature=0, stream=True,
-                extra_body={"ignore_eos": True},
+    def __init__(self, server: ServerProcess, clients: int) -> None:
+        self._client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=3600)
+        self._counts = [0] * clients
+        self._over = False
+        self._threads = [threading.Thread(target=self._work, args=(index,)) for index in range(clients)]
+
+    @property
+    def tokens(self) -> int:
+        """Of all clients so far."""
+        return sum(self._counts)
+
+    def start(self) -> None:
+        """Begin to ask."""
+        for thread in self._threads:
+            thread.start()
+
+    def finish(self) -> None:
+        """Let every client end its request."""
+        self._over = True
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, index: int) -> None:
+        text, turn = prose("held-out"), 0
+        while not self._over:
+            start = (index * 7919 + turn * 1543) % (len(text) - 2 * PROMPT_CHARACTERS)
+            stream = self._client.completions.create(
+                model="demo", prompt=text[start : start + PROMPT_CHARACTERS], max_tokens=ANSWER_TOKENS, temperature=0,
+                stream=True, extra_body={"ignore_eos": True},
             )  # fmt: skip
             for _ in stream:
-                counts[index] += time.monotonic() < end
+                self._counts[index] += 1
             turn += 1
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(counts) / seconds
+
+@contextmanager
+def awake(server: ServerProcess) -> Iterator[None]:
+    """Let a stopped server run for the time of the block."""
+    server.signal(signal.SIGCONT)
+    try:
+        yield
+    finally:
+        server.signal(signal.SIGSTOP)
+
+
+def measure(servers: dict[str, ServerProcess], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Tokens per second of every slice of both sides."""
+    loads = {name: Load(server, arguments.clients) for name, server in servers.items()}
+    rates: dict[str, list[float]] = {name: [] for name in servers}
+    for server in servers.values():
+        server.signal(signal.SIGSTOP)
+    for load in loads.values():
+        load.start()
+    try:
+        for server in servers.values():
+            with awake(server):
+                time.sleep(WARM_UP_SECONDS)
+        for turn in track(range(arguments.rounds), "rounds", transient=True):
+            for name in ("on", "off") if turn % 2 else ("off", "on"):
+                before, start = loads[name].tokens, time.perf_counter()
+                with awake(servers[name]):
+                    time.sleep(arguments.seconds)
+                taken = time.perf_counter() - start
+                # What the sockets still hold belongs to the slice that made it.
+                time.sleep(0.05)
+                rates[name].append((loads[name].tokens - before) / taken)
+    finally:
+        for server in servers.values():
+            server.signal(signal.SIGCONT)
+        for load in loads.values():
+            load.finish()
+    return rates
+
+
+def interval(on: Sequence[float], off: Sequence[float]) -> tuple[float, float, float]:
+    """Ratio of the sums, and the 2.5th and 97.5th of a hundred of its redrawn values."""
+    pairs = list(zip(on, off, strict=True))
+
+    def ratio(drawn: Sequence[tuple[float, float]]) -> float:
+        return sum(a for a, _ in drawn) / sum(b for _, b in drawn)
+
+    generator = random.Random(0)
+    redrawn = sorted(ratio(generator.choices(pairs, k=len(pairs))) for _ in range(REDRAWS))
+    return ratio(pairs), redrawn[REDRAWS // 40], redrawn[-REDRAWS // 40]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--rounds", type=int, default=600)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a slice")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    serve = command("serve", "demo", "--profile", arguments.profile, *FLAGS)
-    rates: dict[str, list[float]] = {"on": [], "off": []}
+    on = command("serve", "demo", "--profile", arguments.profile, *FLAGS, "--canary-seconds", "120")
+    config = {CONFIG_KEY: {"profile": str(Path(arguments.profile).absolute()), "fidelity_every": 0}}
+    off = [*stock_server(), "--additional-config", json.dumps(config), *FLAGS]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        off = {CONFIG_KEY: {"profile": str(Path(arguments.profile).absolute()), "fidelity_every": 0}}
-        sides = {"on": serve, "off": [*stock_server(), "--additional-config", json.dumps(off), *FLAGS]}
-        servers = {name: stack.enter_context(running(argv, Path(folder) / name)) for name, argv in sides.items()}
-        for server in servers.values():
-            window(server, arguments.clients, 5)
+        servers = {
+            name: stack.enter_context(running(argv, Path(folder) / name))
+            for name, argv in {"on": on, "off": off}.items()
+        }
         assert get(servers["on"], "/ready")["ready"]
-        before, spent = get(servers["on"], "/v1/kv_cache/fidelity")["sampling_seconds"], 0.0
-        servers["off"].signal(signal.SIGSTOP)
-        servers["on"].signal(signal.SIGSTOP)
-        try:
-            for turn in range(arguments.rounds):
-                for name in ("on", "off") if turn % 2 else ("off", "on"):
-                    servers[name].signal(signal.SIGCONT)
-                    rates[name].append(window(servers[name], arguments.clients, arguments.seconds))
-                    spent += arguments.seconds * (name == "on")
-                    servers[name].signal(signal.SIGSTOP)
-                print(f"round {turn + 1}: on {rates['on'][-1]:.1f} tokens/s, off {rates['off'][-1]:.1f}", flush=True)
-        finally:
-            for server in servers.values():
-                server.signal(signal.SIGCONT)
-        fidelity = get(servers["on"], "/v1/kv_cache/fidelity")
-        share = (fidelity["sampling_seconds"] - before) / spent
-    quotients = [on / off for on, off in zip(rates["on"], rates["off"], strict=True)]
+        before = get(servers["on"], "/v1/kv_cache/fidelity")
+        rates = measure(servers, arguments)
+        after = get(servers["on"], "/v1/kv_cache/fidelity")
+        assert get(servers["on"], "/ready")["ready"]
+    ratio, low, high = interval(rates["on"], rates["off"])
+    sampled = after["sampling_seconds"] - before["sampling_seconds"]
+    share = sampled / (arguments.seconds * arguments.rounds + WARM_UP_SECONDS)
+    canaries = after["canary"]["runs"] - before["canary"]["runs"]
     print(
-        f"on / off: median {statistics.median(quotients):.4f}, {min(quotients):.4f} to {max(quotients):.4f}; "
-        f"sampling itself {share:.2%} of the time, {fidelity['canary']['runs']} canaries"
+        f"on / off: {ratio:.4f} ({low:.4f} to {high:.4f}, 95 %), {arguments.rounds} pairs of {arguments.seconds:g} s; "
+        f"sampling itself {share:.2%} of the time, {canaries} canaries"
     )
-    save(arguments.json, {"rates": rates, "quotients": quotients, "sampling_share": share})
+    save(
+        arguments.json,
+        {"ratio": ratio, "interval_95": [low, high], "sampling_share": share, "canaries": canaries, "rates": rates},
+    )
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import DIM, HEADS, correlated, measured
+from vllm_spectral.calibration import allocate
 from vllm_spectral.calibration.allocate import spectral_layer
 from vllm_spectral.calibration.breadth import excess_error
 from vllm_spectral.calibration.prompts import OPENINGS, QUESTIONS
 from vllm_spectral.calibration.run import NARROW, PIECE_TOKENS, PROBE_TOKENS, join, probes, spread
+from vllm_spectral.codec.rotation import channel_energy
 from vllm_spectral.stats.moments import LayerMoments
 
 documents = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=50), min_size=1, max_size=9)
@@ -67,6 +69,46 @@ def test_keys_that_no_query_looks_at_get_fewer_bits() -> None:
     bits = layer.key_bits.float()
     # By their variance alone the ignored ones would get up to one bit more.
     assert bits[ignored > 0.97].mean() < bits[ignored < 0.03].mean() - 1
+
+
+def crossed(degrees: float) -> LayerMoments:
+    """Channels in pairs of nearly equal energy; of each pair, queries see one direction, so far from the first channel."""
+    energy = (0.9 ** torch.arange(DIM // 2)).repeat_interleave(2) * torch.tensor([1.0, 0.8]).repeat(DIM // 2)
+    angle = torch.deg2rad(torch.tensor(degrees))
+    seen = torch.stack([angle.cos(), angle.sin()])
+    moments = measured()
+    moments.keys = torch.diag_embed(energy.double()).repeat(HEADS, 1, 1)
+    block = torch.outer(seen, seen).double() + 0.01 * torch.eye(2).double()
+    moments.queries = torch.block_diag(*[block] * (DIM // 2)).repeat(HEADS, 1, 1)
+    moments.num_tokens = moments.num_queries = 1
+    return moments
+
+
+def test_the_keys_basis_regards_the_queries_where_their_axes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an allocation leaves falls with the mean logarithm of the channels' costs."""
+
+    def mean_log_cost(moments: LayerMoments) -> float:
+        basis = spectral_layer(moments, 48).key_basis
+        return float(sum(channel_energy(m, basis).log().mean() for m in (moments.keys, moments.queries)))
+
+    def gain(moments: LayerMoments) -> float:
+        with monkeypatch.context() as patched:
+            patched.setattr(allocate, "QUERY_SHARES", (0.0,))
+            own = mean_log_cost(moments)
+        return own - mean_log_cost(moments)
+
+    assert gain(crossed(45.0)) > 0.4
+    assert gain(crossed(0.0)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_basis_of_keys_is_orthogonal_and_sorted_by_its_own_energy() -> None:
+    moments = crossed(45.0)
+    layer = spectral_layer(moments, 48)
+    torch.testing.assert_close(layer.key_basis.mT @ layer.key_basis, torch.eye(DIM).expand(HEADS, -1, -1))
+    torch.testing.assert_close(
+        layer.key_spectrum.double(), channel_energy(moments.keys / moments.num_tokens, layer.key_basis)
+    )
+    assert (layer.key_spectrum.diff(dim=-1) <= 0).all()
 
 
 def test_equal_moments_give_equal_profiles_at_any_budget() -> None:

@@ -31,6 +31,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "engine" in item.path.parts:
             item.add_marker(pytest.mark.engine)
+    # The shared server works every ten seconds and lives until the end: what does without it runs before, undisturbed.
+    served = {
+        item.path
+        for item in items
+        if item.get_closest_marker("engine") and "server" in getattr(item, "fixturenames", ())
+    }
+    items.sort(key=lambda item: item.path in served)
 
 
 @pytest.fixture(scope="session")

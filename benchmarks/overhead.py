@@ -19,15 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import signal
 import tempfile
 import threading
 import time
 import urllib.request
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openai import OpenAI
 from rich.progress import track
@@ -35,11 +34,8 @@ from rich.progress import track
 from benchmarks.measure import save
 from benchmarks.serving import stock_server
 from benchmarks.texts import prose
-from deploy.process import ServerProcess, command, running
+from deploy.process import ServerProcess, asleep, awake, command, running
 from vllm_spectral.config import CONFIG_KEY
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 FLAGS = ("--max-model-len", "2048", "--kv-cache-memory-bytes", "256M")
 PROMPT_CHARACTERS, ANSWER_TOKENS = 100, 1900
@@ -94,40 +90,27 @@ class Load:
             turn, length = turn + 1, ANSWER_TOKENS
 
 
-@contextmanager
-def awake(server: ServerProcess) -> Iterator[None]:
-    """Let a stopped server run for the time of the block."""
-    server.signal(signal.SIGCONT)
-    try:
-        yield
-    finally:
-        server.signal(signal.SIGSTOP)
-
-
 def measure(servers: dict[str, ServerProcess], arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Tokens per second of every slice of both sides."""
     loads = {name: Load(server, arguments.clients) for name, server in servers.items()}
     rates: dict[str, list[float]] = {name: [] for name in servers}
-    for server in servers.values():
-        server.signal(signal.SIGSTOP)
-    for load in loads.values():
-        load.start()
     try:
-        for server in servers.values():
-            with awake(server):
-                time.sleep(WARM_UP_SECONDS)
-        for turn in track(range(arguments.rounds), "rounds", transient=True):
-            for name in ("on", "off") if turn % 2 else ("off", "on"):
-                before, start = loads[name].tokens, time.perf_counter()
-                with awake(servers[name]):
-                    time.sleep(arguments.seconds)
-                taken = time.perf_counter() - start
-                # What the sockets still hold belongs to the slice that made it.
-                time.sleep(0.05)
-                rates[name].append((loads[name].tokens - before) / taken)
+        with asleep(servers.values()):
+            for load in loads.values():
+                load.start()
+            for server in servers.values():
+                with awake(server):
+                    time.sleep(WARM_UP_SECONDS)
+            for turn in track(range(arguments.rounds), "rounds", transient=True):
+                for name in ("on", "off") if turn % 2 else ("off", "on"):
+                    before, start = loads[name].tokens, time.perf_counter()
+                    with awake(servers[name]):
+                        time.sleep(arguments.seconds)
+                    taken = time.perf_counter() - start
+                    # What the sockets still hold belongs to the slice that made it.
+                    time.sleep(0.05)
+                    rates[name].append((loads[name].tokens - before) / taken)
     finally:
-        for server in servers.values():
-            server.signal(signal.SIGCONT)
         for load in loads.values():
             load.finish()
     return rates

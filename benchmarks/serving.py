@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import save
-from deploy.process import ServerProcess, command, running
+from deploy.process import ServerProcess, asleep, awake, command, running
 from vllm_spectral.backend.engine import BLOCK_SIZE
 from vllm_spectral.models.demo import demo_model
 
@@ -84,24 +83,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         servers = {name: stack.enter_context(running(argv, folder / f"{name}.log")) for name, argv in sides.items()}
-        for server in servers.values():
-            server.signal(signal.SIGSTOP)
-        try:
+        with asleep(servers.values()):
             for turn in range(arguments.rounds):
                 for name in ("stock", "ours") if turn % 2 else ("ours", "stock"):
-                    servers[name].signal(signal.SIGCONT)
-                    before = preemptions(servers[name])
-                    result = bench(servers[name], arguments, turn, folder)
+                    with awake(servers[name]) as server:
+                        before = preemptions(server)
+                        result = bench(server, arguments, turn, folder)
+                        preempted = preemptions(server) - before
                     kept = {
                         key: result[key]
                         for key in ("output_throughput", "duration", "median_ttft_ms", "median_tpot_ms", "p99_ttft_ms")
                     }
-                    rows[name].append(kept | {"preemptions": preemptions(servers[name]) - before})
-                    servers[name].signal(signal.SIGSTOP)
+                    rows[name].append(kept | {"preemptions": preempted})
                     print(f"round {turn + 1} {name}: {rows[name][-1]}", flush=True)
-        finally:
-            for server in servers.values():
-                server.signal(signal.SIGCONT)
     quotients = [
         a["output_throughput"] / b["output_throughput"] for a, b in zip(rows["ours"], rows["stock"], strict=True)
     ]

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +84,28 @@ def running(
         except subprocess.TimeoutExpired:
             server.signal(signal.SIGKILL)
             raise
+
+
+@contextlib.contextmanager
+def asleep(servers: Collection[ServerProcess]) -> Iterator[None]:
+    """Stop servers (SIGSTOP) until the end of the block, so that they can be measured in turn; see :func:`awake`."""
+    for server in servers:
+        server.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def awake(server: ServerProcess) -> Iterator[ServerProcess]:
+    """Let one that is asleep run until the end of the block."""
+    server.signal(signal.SIGCONT)
+    try:
+        yield server
+    finally:
+        server.signal(signal.SIGSTOP)
 
 
 def _wait(server: ServerProcess) -> None:

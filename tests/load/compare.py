@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import tempfile
@@ -27,7 +26,7 @@ import numpy as np
 
 from benchmarks.measure import save
 from benchmarks.serving import bench, preemptions, stock_server
-from deploy.process import ServerProcess, command, running
+from deploy.process import ServerProcess, asleep, awake, command, running
 from vllm_spectral.progress import token_bar
 
 mpl.use("Agg")
@@ -91,23 +90,8 @@ def both(profile: str, memory: str, folder: Path) -> Iterator[dict[str, ServerPr
     sides = {"stock": [*stock_server(), *common], "ours": [*command("serve", "demo", "--profile", profile), *common]}
     with ExitStack() as stack:
         servers = {name: stack.enter_context(running(argv, folder / f"{name}.log")) for name, argv in sides.items()}
-        for server in servers.values():
-            server.signal(signal.SIGSTOP)
-        try:
+        with asleep(servers.values()):
             yield servers
-        finally:
-            for server in servers.values():
-                server.signal(signal.SIGCONT)
-
-
-@contextmanager
-def awake(server: ServerProcess) -> Iterator[ServerProcess]:
-    """One of them, running until the end of the block."""
-    server.signal(signal.SIGCONT)
-    try:
-        yield server
-    finally:
-        server.signal(signal.SIGSTOP)
 
 
 def medians(runs: Sequence[Figures]) -> Figures:

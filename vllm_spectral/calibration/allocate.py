@@ -83,8 +83,9 @@ def _key_basis(keys: Tensor, queries: Tensor, price: Tensor, value_cost: Tensor,
         ``[head_dim, head_dim]`` float32 and ``[head_dim]`` float64.
     """
     best: tuple[float, Tensor, Tensor] | None = None
+    own, seen = _of_trace_one(keys), _of_trace_one(queries)
     for share in QUERY_SHARES:
-        basis, _ = eigenbasis(_of_trace_one(keys) + share * _of_trace_one(queries))
+        basis, _ = eigenbasis(own + share * seen)
         energy = channel_energy(keys, basis)
         order = torch.argsort(energy, descending=True)
         basis, energy = basis[:, order], energy[order]

@@ -56,7 +56,9 @@ def channel_energy(second_moment: Tensor, basis: Tensor) -> Tensor:
 
 
 def second_moment(basis: Tensor, spectrum: Tensor) -> Tensor:
-    """The second moment with these axes and energies: what :func:`eigenbasis` was given.
+    """The second moment with these axes and energies and no correlation between channels.
+
+    For an eigenbasis it is what :func:`eigenbasis` was given.
 
     Args:
         basis: ``[num_heads, head_dim, head_dim]``, basis vectors as columns.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -35,6 +39,13 @@ def measured(num_tokens: int = 4000, seed: int = 0) -> LayerMoments:
     positions = torch.arange(num_tokens) % 500
     moments.add(query, correlated(num_tokens, seed), correlated(num_tokens, seed + 1), positions)
     return moments
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """What a command sets for the processes it will start, such as vLLM's log level, ends with the test that ran it."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,19 @@ def test_a_needle_needs_its_whole_answer() -> None:
     assert [(row["needles"], row["found"]) for row in result.by_depth] == [(1, 1), (0, 0), (1, 1), (0, 0), (1, 0)]
 
 
+def test_a_number_is_as_likely_as_all_its_digits() -> None:
+    case = Case("retrieval", "512", list(range(20)), ((5, 7), (10, 12)), (0.9, 0.1))
+    measured = metrics([0.0] * 4) | {
+        "nll_reference": [math.log(2), math.log(2), 0.0, 0.0],
+        "nll_candidate": [math.log(2), math.log(4), 0.0, math.log(2)],
+    }
+    result = summarize_retrieval(512, [(case, measured)])
+    assert [needle["probability_exact"] for needle in result.each] == pytest.approx([1 / 4, 1])
+    assert [needle["probability"] for needle in result.each] == pytest.approx([1 / 8, 1 / 2])
+    assert (result.probability_exact, result.probability) == pytest.approx((5 / 8, 5 / 16))
+    assert [needle["depth"] for needle in result.each] == [0.9, 0.1]
+
+
 def test_reports_name_every_cache(tmp_path: Path) -> None:
     case = Case("text", "a.txt", list(range(130)), ((1, 130),))
     text = summarize_text("a.txt", [(case, metrics([0.1] * 129)), (case, metrics([0.2] * 129))])

@@ -57,13 +57,13 @@ def markdown(results: Sequence[CandidateResult]) -> str:
     if any(result.retrieval for result in results):
         lines += [
             "",
-            "| cache | context | needles | found by the exact cache | found | of those kept |",
-            "|---|---|---|---|---|---|",
+            "| cache | context | needles | found by the exact cache | found | of those kept | probability, exact | here |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for result in results:
             lines += [
                 f"| {result.candidate.name} | {r.context} | {r.needles} | {r.found_exact} | {r.found} | "
-                f"{'-' if r.kept is None else f'{100 * r.kept:.0f} %'} |"
+                f"{'-' if r.kept is None else f'{100 * r.kept:.0f} %'} | {r.probability_exact:.2f} | {r.probability:.2f} |"
                 for r in result.retrieval
             ]
     return "\n".join(lines) + "\n"

@@ -95,7 +95,10 @@ class RetrievalResult:
         found_exact: found by the exact cache.
         found: found by the compared cache.
         kept: of those that the exact cache found, the share that the compared one found; None if it found none.
+        probability_exact, probability: mean probability of the right number, all of its tokens, with the exact and the
+            compared cache. Unlike the counts they do not turn on which of two even guesses is a hair ahead.
         by_depth: ``[{"from", "to", "found_exact", "found", "needles"}]``, depth as a fraction of the context.
+        each: ``[{"depth", "found_exact", "found", "probability_exact", "probability"}]``, needle by needle.
     """
 
     context: int
@@ -103,7 +106,10 @@ class RetrievalResult:
     found_exact: int
     found: int
     kept: float | None
+    probability_exact: float
+    probability: float
     by_depth: list[dict[str, float]]
+    each: list[dict[str, float]]
 
 
 def summarize_text(text: str, windows: Sequence[tuple[Case, Metrics]]) -> TextResult:
@@ -143,25 +149,37 @@ def summarize_greedy(text: str, cases: Sequence[tuple[Case, Metrics]]) -> Greedy
 
 def summarize_retrieval(context: int, cases: Sequence[tuple[Case, Metrics]], bins: int = 5) -> RetrievalResult:
     """All haystacks of one length. A needle is found if every token of the answer is the most likely one."""
-    rows: list[tuple[float, bool, bool]] = []
+    each: list[dict[str, float]] = []
     for case, metrics in cases:
         at = 0
         for (start, stop), depth in zip(case.spans, case.depths, strict=True):
             part = slice(at, at := at + stop - start)
-            rows.append((depth, all(metrics["hit_reference"][part]), all(metrics["hit"][part])))
+            each.append(
+                {
+                    "depth": depth,
+                    "found_exact": all(metrics["hit_reference"][part]),
+                    "found": all(metrics["hit"][part]),
+                    "probability_exact": math.exp(-sum(metrics["nll_reference"][part])),
+                    "probability": math.exp(-sum(metrics["nll_candidate"][part])),
+                }
+            )
     by_depth = []
     for index in range(bins):
         low, high = index / bins, (index + 1) / bins
-        chosen = [row for row in rows if low <= row[0] < high]
-        by_depth.append(
-            {
-                "from": low, "to": high, "needles": len(chosen),
-                "found_exact": sum(row[1] for row in chosen), "found": sum(row[2] for row in chosen),
-            }
-        )  # fmt: skip
-    known = [row[2] for row in rows if row[1]]
+        chosen = [needle for needle in each if low <= needle["depth"] < high]
+        counts = {key: sum(needle[key] for needle in chosen) for key in ("found_exact", "found")}
+        by_depth.append({"from": low, "to": high, "needles": len(chosen), **counts})
+    known = [needle["found"] for needle in each if needle["found_exact"]]
     return RetrievalResult(
-        context, len(rows), len(known), sum(row[2] for row in rows), fmean(known) if known else None, by_depth
+        context=context,
+        needles=len(each),
+        found_exact=len(known),
+        found=int(sum(needle["found"] for needle in each)),
+        kept=fmean(known) if known else None,
+        probability_exact=fmean(needle["probability_exact"] for needle in each),
+        probability=fmean(needle["probability"] for needle in each),
+        by_depth=by_depth,
+        each=each,
     )
 
 

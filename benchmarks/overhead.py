@@ -3,7 +3,9 @@
 Without it is vLLM's own server with the plugin, sampling off: no monitor, no canary, no metrics of ours, no middleware,
 vLLM's scheduler. Both servers are under the same load all the time; they run in turn, the other one stopped (SIGSTOP), for
 slices so short that what else happens on the machine happens to both. All tokens of one side are compared with all of the
-other; the interval is a bootstrap over pairs of slices.
+other, once by the wall's clock and once by the processors' time that the server's processes took: what a neighbour on the
+machine does to the first, it hardly does to the second. A step that a slice's end cuts through is counted in the next
+slice of its side; so the interval is a bootstrap over runs of ten pairs, which share such a step at most at their ends.
 
 Clients ask for long answers and begin at different places of theirs, because slices with and without a prefill cannot be
 compared (prompts of 400 tokens and answers of 100, in step: 0.977, from 0.87 to 1.09, in 320 pairs).
@@ -28,6 +30,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 from openai import OpenAI
 from rich.progress import track
 
@@ -41,6 +44,10 @@ FLAGS = ("--max-model-len", "2048", "--kv-cache-memory-bytes", "256M")
 PROMPT_CHARACTERS, ANSWER_TOKENS = 100, 1900
 WARM_UP_SECONDS = 20
 REDRAWS = 2000
+BLOCK = 10  # pairs of slices drawn together
+
+Slices = dict[str, list[float]]
+"""Of each side, one figure per slice."""
 
 
 def get(server: ServerProcess, path: str) -> Any:
@@ -90,10 +97,18 @@ class Load:
             turn, length = turn + 1, ANSWER_TOKENS
 
 
-def measure(servers: dict[str, ServerProcess], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Tokens per second of every slice of both sides."""
+def processor_seconds(server: ServerProcess) -> float:
+    """That the server's processes have taken so far, in user and kernel mode."""
+    parent = psutil.Process(server.process.pid)
+    return sum(sum(each.cpu_times()[:2]) for each in [parent, *parent.children(recursive=True)])
+
+
+def measure(servers: dict[str, ServerProcess], arguments: argparse.Namespace) -> dict[str, Slices]:
+    """Tokens, seconds and processor seconds of every slice of both sides."""
     loads = {name: Load(server, arguments.clients) for name, server in servers.items()}
-    rates: dict[str, list[float]] = {name: [] for name in servers}
+    slices: dict[str, Slices] = {
+        figure: {name: [] for name in servers} for figure in ("tokens", "seconds", "processor_seconds")
+    }
     try:
         with asleep(servers.values()):
             for load in loads.values():
@@ -103,29 +118,34 @@ def measure(servers: dict[str, ServerProcess], arguments: argparse.Namespace) ->
                     time.sleep(WARM_UP_SECONDS)
             for turn in track(range(arguments.rounds), "rounds", transient=True):
                 for name in ("on", "off") if turn % 2 else ("off", "on"):
-                    before, start = loads[name].tokens, time.perf_counter()
+                    before, busy, start = loads[name].tokens, processor_seconds(servers[name]), time.perf_counter()
                     with awake(servers[name]):
                         time.sleep(arguments.seconds)
-                    taken = time.perf_counter() - start
+                    slices["seconds"][name].append(time.perf_counter() - start)
+                    slices["processor_seconds"][name].append(processor_seconds(servers[name]) - busy)
                     # What the sockets still hold belongs to the slice that made it.
                     time.sleep(0.05)
-                    rates[name].append((loads[name].tokens - before) / taken)
+                    slices["tokens"][name].append(loads[name].tokens - before)
     finally:
         for load in loads.values():
             load.finish()
-    return rates
+    return slices
 
 
-def interval(on: Sequence[float], off: Sequence[float]) -> tuple[float, float, float]:
-    """Ratio of the sums, and the 2.5th and 97.5th of a hundred of its redrawn values."""
-    pairs = list(zip(on, off, strict=True))
+def interval(tokens: Slices, seconds: Slices) -> tuple[float, float, float]:
+    """Tokens per second with it over those without, and the 2.5th and 97.5th of a hundred of its redrawn values."""
+    rounds = len(tokens["on"])
 
-    def ratio(drawn: Sequence[tuple[float, float]]) -> float:
-        return sum(a for a, _ in drawn) / sum(b for _, b in drawn)
+    def ratio(starts: Sequence[int]) -> float:
+        def total(figures: list[float]) -> float:
+            return sum(sum(figures[start : start + BLOCK]) for start in starts)
 
-    generator = random.Random(0)
-    redrawn = sorted(ratio(generator.choices(pairs, k=len(pairs))) for _ in range(REDRAWS))
-    return ratio(pairs), redrawn[REDRAWS // 40], redrawn[-REDRAWS // 40]
+        on, off = (total(tokens[name]) / total(seconds[name]) for name in ("on", "off"))
+        return on / off
+
+    starts, generator = range(0, rounds, BLOCK), random.Random(0)
+    redrawn = sorted(ratio(generator.choices(starts, k=len(starts))) for _ in range(REDRAWS))
+    return ratio(starts), redrawn[REDRAWS // 40], redrawn[-REDRAWS // 40]
 
 
 def main() -> None:
@@ -146,21 +166,19 @@ def main() -> None:
         }
         assert get(servers["on"], "/ready")["ready"]
         before = get(servers["on"], "/v1/kv_cache/fidelity")
-        rates = measure(servers, arguments)
+        slices = measure(servers, arguments)
         after = get(servers["on"], "/v1/kv_cache/fidelity")
         assert get(servers["on"], "/ready")["ready"]
-    ratio, low, high = interval(rates["on"], rates["off"])
     sampled = after["sampling_seconds"] - before["sampling_seconds"]
     share = sampled / (arguments.seconds * arguments.rounds + WARM_UP_SECONDS)
     canaries = after["canary"]["runs"] - before["canary"]["runs"]
+    ratios = {kind: interval(slices["tokens"], slices[kind]) for kind in ("seconds", "processor_seconds")}
+    for kind, (ratio, low, high) in ratios.items():
+        print(f"tokens per {kind[:-1].replace('_', ' ')}, on / off: {ratio:.4f} ({low:.4f} to {high:.4f}, 95 %)")
     print(
-        f"on / off: {ratio:.4f} ({low:.4f} to {high:.4f}, 95 %), {arguments.rounds} pairs of {arguments.seconds:g} s; "
-        f"sampling itself {share:.2%} of the time, {canaries} canaries"
+        f"{arguments.rounds} pairs of {arguments.seconds:g} s; sampling itself {share:.2%} of the time, {canaries} canaries"
     )
-    save(
-        arguments.json,
-        {"ratio": ratio, "interval_95": [low, high], "sampling_share": share, "canaries": canaries, "rates": rates},
-    )
+    save(arguments.json, {"ratios": ratios, "sampling_share": share, "canaries": canaries, "slices": slices})
 
 
 if __name__ == "__main__":

@@ -98,6 +98,30 @@ def test_the_cut_of_a_prompt_and_the_batch_change_no_bit(isa: str, exact: bool) 
         assert torch.equal(batch.native(kernels(isa), exact)[: high - low], expected[low:high])
 
 
+SHARP = 400.0
+"""Makes scores of several hundred, positive and negative, of the queries of a step."""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_score_is_too_large_or_too_small(isa: str) -> None:
+    """A token that sees itself alone answers its own value, whatever its score; with several, the largest ones win."""
+    alone = Step(codec_of(2, 64, 3.0), 3, [1] * 24, [1] * 24)
+    alone.query *= SHARP
+    agree(alone, isa, exact=False)
+    agree(alone, isa, exact=True)
+    several = Step(codec_of(2, 64, 3.0), 3, [1500, 600], [40, 600])
+    several.query *= SHARP
+    found, expected = several.native(kernels(isa), exact=False), several.reference(exact=False)
+    assert torch.isfinite(found).all()
+    if isa in ("portable", "avx2", "avx512"):
+        # A score of 300 has an error of 300 * 2 ** -24, and its weight the same, relatively, times what the sum rounds.
+        assert (found - expected).norm() <= 1e-3 * expected.norm()
+    last = Step(codec_of(2, 64, 3.0), 3, [1500, 600], [1, 1])
+    last.query = several.query[[39, 639]]
+    last.pages, last.sequences = several.pages, several.sequences
+    assert torch.equal(last.native(kernels(isa), exact=False), found[[39, 639]])
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_threads_change_no_bit(isa: str) -> None:
     step, threads = Step(codec_of(2, 64, 3.0), 3, [3000, 100], [1, 30]), torch.get_num_threads()

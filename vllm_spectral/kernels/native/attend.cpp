@@ -44,6 +44,7 @@ void look_at(const Work& w, Tile& tile, int g) {
 void attend_tile(Work& w, Tile& tile, State& state) {
   tile.all_whole = tile.groups == kTileGroups && !w.any_near(tile.start, kTile) && w.all_see(tile.start, kTile);
   bool paged = tile.all_whole, exact = false;
+  uint32_t flat_keys = 0;
   for (int g = 0; g < tile.groups; g++) {
     if (tile.all_whole) {
       tile.whole[g] = true;
@@ -54,12 +55,20 @@ void attend_tile(Work& w, Tile& tile, State& state) {
       paged |= tile.any_paged[g] != 0;
       exact |= tile.any_exact[g] != 0;
     }
-    if (tile.any_paged[g]) {
-      page_scores(w, tile, g);
-      const uint8_t* bytes = tile.pages[g] + vs::kValueScales;
-      tile.value_flat[g] = flat_mask(bytes);
-      for (int h = 0; h < 2; h++) tile.value_scale[g][h] = scales(w.layer, bytes + h * vs::kHalf);
+    if (!tile.any_paged[g]) continue;
+    const uint8_t *keys = tile.pages[g], *values = keys + vs::kValueScales;
+    flat_keys |= flat_mask(keys);
+    tile.value_flat[g] = flat_mask(values);
+    for (int h = 0; h < 2; h++) {
+      tile.key_scale[g][h] = scales(w.layer, keys + h * vs::kHalf) * w.score_scale;
+      tile.value_scale[g][h] = scales(w.layer, values + h * vs::kHalf);
     }
+    if (vs::is_matrix(w.rows)) count_scores(w, tile, g);
+  }
+  // What matrices have summed becomes scores where it is weighed, unless some of it must be put right first.
+  tile.late = vs::is_matrix(w.rows) && tile.all_whole && w.call.soft_cap <= 0 && !flat_keys;
+  for (int g = 0; g < tile.groups; g++) {
+    if (tile.any_paged[g] && !tile.late) page_scores(w, tile, g);
     if (tile.any_exact[g]) exact_scores(w, tile, g);
   }
   if (!paged && !exact) return;
@@ -68,19 +77,30 @@ void attend_tile(Work& w, Tile& tile, State& state) {
   if (exact) exact_outputs(w, tile, state);
 }
 
-// Attends to an item's tiles and merges them, span by span, into the state.
-void attend(Work&& w, State& state) {
-  State span(w.scratch.span, w.rows, w.layer);
+// Attends to an item's tiles and merges them, span by span, into its slices' states.
+void attend(const Shape& shape, const Item& item, const std::vector<Queries>& queries, const Item* following, Scratch& scratch,
+            std::vector<Work>& works, float* states) {
+  const int64_t count = slices(item);
+  works.clear();
+  for (int64_t i = 0; i < count; i++) {
+    works.emplace_back(shape, slice_of(item, i), queries[i], scratch, i + 1 == count ? following : nullptr);
+    state_of(states, i, item, shape.layer).clear(works[i].rows);
+  }
   Tile tile;
   const int64_t tiles_per_span = kSpan / kTile;
-  for (int64_t index = w.item.first_tile; index < w.item.last_tile;) {
-    const int64_t end = std::min((index / tiles_per_span + 1) * tiles_per_span, w.item.last_tile);
-    span.clear(w.rows);
+  for (int64_t index = item.first_tile; index < item.last_tile;) {
+    const int64_t end = std::min((index / tiles_per_span + 1) * tiles_per_span, item.last_tile);
+    for (int64_t i = 0; i < count; i++) state_of(scratch.span, i, item, shape.layer).clear(works[i].rows);
     for (; index < end; index++) {
-      tile.move(w, index, index > w.item.first_tile);
-      attend_tile(w, tile, span);
+      tile.move(works.back(), index, index > item.first_tile);
+      for (int64_t i = 0; i < count; i++) {
+        State span = state_of(scratch.span, i, item, shape.layer);
+        tile.show(works[i]);
+        attend_tile(works[i], tile, span);
+      }
     }
-    state.merge(span, w.rows);
+    for (int64_t i = 0; i < count; i++)
+      state_of(states, i, item, shape.layer).merge(state_of(scratch.span, i, item, shape.layer), works[i].rows);
   }
 }
 
@@ -123,13 +143,16 @@ struct Plan {
 
 // What cut blocks need beside the threads' scratch.
 struct Shared {
-  std::vector<Queries> queries;  // of each cut block
-  std::vector<float*> states;    // of each span
+  std::vector<std::vector<Queries>> queries;  // of each cut block's slices
+  std::vector<float*> states;                 // of each span
   Shared(const Plan& plan, const Layer& layer, vs::Carver& carver) {
-    for (const Item& item : plan.cut) queries.emplace_back(item.rows, layer.dim, carver);
+    for (const Item& item : plan.cut) {
+      queries.emplace_back();
+      for (int64_t i = 0; i < slices(item); i++) queries.back().emplace_back(slice_of(item, i).rows, layer.dim, carver);
+    }
     for (const Item& item : plan.spans) {
       states.emplace_back();
-      carver.take(states.back(), State::floats(item.rows, layer));
+      carver.take(states.back(), slices(item) * State::floats(kSlice, layer));
     }
   }
 };
@@ -157,6 +180,8 @@ int64_t vs_step(const Layer* layer_pointer, const StepCall* call_pointer) {
     vs::Carver own(call.workspace + omp_get_thread_num() * each);
     vs::StoreScratch store_scratch(layer, own);
     Scratch scratch(layer, own);
+    std::vector<Work> works;  // an item's slices; kept, so that only the first item allocates
+    works.reserve(kRows / kSlice);
     Matrices matrices;
     std::fill(scratch.zeros, scratch.zeros + dim, uint16_t{0});
     // Before anything is read: a request of this step may share a prefix that another one is just writing.
@@ -174,29 +199,28 @@ int64_t vs_step(const Layer* layer_pointer, const StepCall* call_pointer) {
     for (int64_t i = 0; i < spans + blocks; i++) {
       if (i < spans) {
         const Item& item = plan.spans[i];
-        State state(shared.states[i], item.rows, layer);
-        state.clear(item.rows);
         const Item* next = i + call.num_threads < spans ? &item + call.num_threads : nullptr;
-        attend(Work(shape, item, shared.queries[plan.block_of[i]], scratch, next), state);
+        attend(shape, item, shared.queries[plan.block_of[i]], next, scratch, works, shared.states[i]);
         continue;
       }
       const Item& item = plan.blocks[i - spans];
-      State state(scratch.item, item.rows, layer);
-      state.clear(item.rows);
       const bool more = i - spans + call.num_threads < blocks;
       prepare(shape, item, scratch.queries, scratch);
-      attend(Work(shape, item, scratch.queries, scratch, more ? &item + call.num_threads : nullptr), state);
-      finish(shape, item, state, scratch);
+      attend(shape, item, scratch.queries, more ? &item + call.num_threads : nullptr, scratch, works, scratch.item);
+      finish(shape, item, scratch.item, scratch);
     }
     if (cut) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < cut; i++) {
         const Item& item = plan.cut[i];
-        State state(scratch.item, item.rows, layer);
-        state.clear(item.rows);
-        for (int64_t k = plan.first_span[i]; k < plan.first_span[i + 1]; k++)
-          state.merge(State(shared.states[k], item.rows, layer), item.rows);
-        finish(shape, item, state, scratch);
+        for (int64_t k = 0; k < slices(item); k++) {
+          State state = state_of(scratch.item, k, item, layer);
+          const int64_t rows = slice_of(item, k).rows;
+          state.clear(rows);
+          for (int64_t span = plan.first_span[i]; span < plan.first_span[i + 1]; span++)
+            state.merge(state_of(shared.states[span], k, item, layer), rows);
+        }
+        finish(shape, item, scratch.item, scratch);
       }
     }
   }

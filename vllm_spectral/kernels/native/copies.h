@@ -73,7 +73,7 @@ inline void copies_of(Work& w, const Tile& tile, int g, bool keys, const uint16_
 VS_INLINE void put_scores(Work& w, int64_t row, v16f scores, uint32_t mask, int64_t first, int g, int h) {
   const uint32_t read = w.seen(row, first) >> h * vs::kHalf & mask & w.near(row, first) >> h * vs::kHalf;
   float* at = w.scratch.scores + row * kTile + g * vs::kGroup + h * vs::kHalf;
-  store(at, select(lanes(read), scores * w.call.scale, load(at)));
+  store(at, select(lanes(read), scores * w.score_scale, load(at)));
 }
 
 // Up to R rows over half a group: a vector of sums holds all of them for as many tokens as it has room for.
@@ -115,11 +115,11 @@ inline void matrix_exact_rows(Work& w, const uint16_t* const* keys, uint32_t mas
     for (int t = 0; t < 16; t++) rows[t] = channels(keys[t], part, w.dim);
     transpose(rows);
 #pragma GCC unroll 16
-    for (int k = 0; k < 16; k++) w.scratch.value_quads[part * 16 + k] = (Quad)rows[k];
+    for (int k = 0; k < 16; k++) w.scratch.some_quads[part * 16 + k] = (Quad)rows[k];
     w.next.copies(static_cast<int>(16 / parts));
   }
   for (int64_t start = 0; start < w.rows; start += vs::kMatrixRows) {
-    Matrices::pairs(w.queries.exact + start * parts, parts * sizeof(Pair), w.scratch.value_quads, parts, w.scratch.block);
+    Matrices::pairs(w.queries.exact + start * parts, parts * sizeof(Pair), w.scratch.some_quads, parts, w.scratch.block);
     for (int64_t r = start; r < std::min(start + vs::kMatrixRows, w.rows); r++)
       put_scores(w, r, load(w.scratch.block + 16 * (r - start)), mask, first, g, h);
   }
@@ -190,7 +190,7 @@ void add_copies(Work& w, const uint16_t* const* values, uint32_t tokens, int64_t
 
 // All rows' outputs of a group's copies by matrices of values, tokens by channels.
 inline void matrix_add_copies(Work& w, const uint16_t* const* values, int g, State& state) {
-  Quad *even = w.scratch.value_quads, *odd = even + vs::kMatrixRows;
+  Quad *even = w.scratch.some_quads, *odd = even + vs::kMatrixRows;
   for (int64_t part = 0; part < padded(w.dim) / 32; part++) {
 #pragma GCC unroll 16
     for (int t = 0; t < 16; t++) {

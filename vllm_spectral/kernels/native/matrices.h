@@ -67,33 +67,32 @@ class Matrices {
     settle();
   }
 
-  // counts[rows, 16] = weights[rows, 4 * fours] * values[fours, 16], of at most 64 rows; weights' rows are row_bytes apart.
-  static VS_INLINE void outputs(const uint8_t* weights, int64_t row_bytes, const Quad* values, int64_t fours, int64_t rows, Quad* counts) {
+  // counts[2, 32, 16] = weights[32, 4 * fours] * values[2, fours, 16], of two blocks of channels; of weights one or two tiles of
+  // rows, which are row_bytes apart. Blocks of values are so many vectors apart.
+  static VS_INLINE void outputs(const uint8_t* weights, int64_t row_bytes, const Quad* values, int64_t block, int64_t fours, bool two,
+                                Quad* counts) {
     settle();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    const int64_t tile = vs::kMatrixRows * row_bytes;
     for (int64_t k = 0; k < fours; k += vs::kMatrixRows) {
-      const uint8_t* at = weights + 4 * k;
       _tile_loadd(4, values + k, vs::kVectorBytes);
-      _tile_loadd(5, at, row_bytes);
-      _tile_dpbusd(0, 5, 4);
-      if (rows <= vs::kMatrixRows) continue;
-      _tile_loadd(6, at + tile, row_bytes);
-      _tile_dpbusd(1, 6, 4);
-      if (rows <= 2 * vs::kMatrixRows) continue;
-      _tile_loadd(7, at + 2 * tile, row_bytes);
+      _tile_loadd(5, values + block + k, vs::kVectorBytes);
+      _tile_loadd(6, weights + 4 * k, row_bytes);
+      _tile_dpbusd(0, 6, 4);
+      _tile_dpbusd(1, 6, 5);
+      if (!two) continue;
+      _tile_loadd(7, weights + vs::kMatrixRows * row_bytes + 4 * k, row_bytes);
       _tile_dpbusd(2, 7, 4);
-      if (rows <= 3 * vs::kMatrixRows) continue;
-      _tile_loadd(5, at + 3 * tile, row_bytes);
-      _tile_dpbusd(3, 5, 4);
+      _tile_dpbusd(3, 7, 5);
     }
     _tile_stored(0, counts, vs::kVectorBytes);
-    if (rows > vs::kMatrixRows) _tile_stored(1, counts + vs::kMatrixRows, vs::kVectorBytes);
-    if (rows > 2 * vs::kMatrixRows) _tile_stored(2, counts + 2 * vs::kMatrixRows, vs::kVectorBytes);
-    if (rows > 3 * vs::kMatrixRows) _tile_stored(3, counts + 3 * vs::kMatrixRows, vs::kVectorBytes);
+    _tile_stored(1, counts + 2 * vs::kMatrixRows, vs::kVectorBytes);
+    if (two) {
+      _tile_stored(2, counts + vs::kMatrixRows, vs::kVectorBytes);
+      _tile_stored(3, counts + 3 * vs::kMatrixRows, vs::kVectorBytes);
+    }
     settle();
   }
 
@@ -192,7 +191,7 @@ class Matrices {
  public:
   Matrices() {}
   static VS_INLINE void scores(const uint32_t*, const Quad*, int64_t, int64_t, Quad*) {}
-  static VS_INLINE void outputs(const uint8_t*, int64_t, const Quad*, int64_t, int64_t, Quad*) {}
+  static VS_INLINE void outputs(const uint8_t*, int64_t, const Quad*, int64_t, int64_t, bool, Quad*) {}
   static VS_INLINE void rotate(const uint16_t*, const uint16_t*, int64_t, const uint16_t*, const uint16_t*, int64_t, float*) {}
   static VS_INLINE void pairs(const void*, int64_t, const Quad*, int64_t, float*) {}
   static VS_INLINE void split(v16f, uint16_t*, uint16_t*) {}

@@ -77,36 +77,55 @@ void quad_block(const Work& w, const vs::Quad* quads, const Read& read, State& s
   }
 }
 
-// Many rows: 16 channels of quads together, all of the tile's groups side by side.
-inline void matrix_quads(const Work& w, const Read& read, State& state) {
+// A group's values as quads in the scratch, for all of an item's slices.
+inline void expand_values(const Work& w, const Tile& tile, int g) {
   constexpr int kWidth = vs::kMatrixRows / 2;
-  const int64_t size = w.value_quads.size(), tokens = vs::kGroup / 4 * read.count, lines = w.value_lines;
-  const float* steps = w.layer.quad_steps.get() + w.item.head * w.layer.quad_floats;
-  for (int64_t first = 0; first < size; first += kWidth) {
+  const uint8_t* words = tile.pages[g] + w.layer.value_start[w.item.head];
+  const int64_t size = w.value_quads.size();
+  Quad* to = w.scratch.value_quads + g * kWidth;
+  for (int64_t first = 0; first < size; first += kWidth, to += kTileFours) {
     const vs::Quad* quads = w.value_quads.quads.data() + first;
-    const int64_t count = std::min<int64_t>(kWidth, size - first);
-    for (int k = 0; k < read.count; k++) {
-      Quad levels[kWidth];
-      for (int j = 0; j < kWidth; j++)
-        levels[j] = j < count ? Quads::expand_any(quads[j], read.words[k] + quads[j].offset, w.layer.byte_levels, 0) : Quad{};
-      Matrices::transpose(levels, w.scratch.value_quads + k * kWidth);
-      for (int64_t line = lines * first / size; line < lines * (first + count) / size; line++)
-        __builtin_prefetch(read.next[k] + line * vs::kVectorBytes, 0, 2);
-    }
-    std::fill(w.scratch.value_quads + tokens, w.scratch.value_quads + vs::whole_tiles(tokens), Quad{});
-    Matrices::outputs(w.scratch.paged_bytes, kTile, w.scratch.value_quads, vs::whole_tiles(tokens), w.rows, w.scratch.counts);
-    // Of the last channels there may be half a vector.
-    const v16f step = load(steps + 2 * first);
-    for (int64_t r = 0; r < w.rows; r++) {
-      float* out = state.quads(r) + 2 * first;
-      store(out, Quads::numbers(w.scratch.counts[r]) * (step * w.scratch.weight_step[r]) + load(out));
+    Quad levels[kWidth];
+    for (int j = 0; j < kWidth; j++)
+      levels[j] = first + j < size ? Quads::expand_any(quads[j], words + quads[j].offset, w.layer.byte_levels, 0) : Quad{};
+    Matrices::transpose(levels, to);
+  }
+  const uint8_t* next = tile.upcoming[g] + w.key_lines * vs::kVectorBytes;
+  for (int64_t line = 0; line < w.value_lines; line++) __builtin_prefetch(next + line * vs::kVectorBytes, 0, 2);
+}
+
+// Many rows: two blocks of channels of quads together, all of the tile's groups side by side. Groups that nobody reads from pages
+// have weights of 0, and may be anything.
+inline void matrix_quads(const Work& w, Tile& tile, State& state) {
+  constexpr int kBlocks = 2 * vs::kMatrixRows;  // channels
+  for (int g = 0; g < tile.groups; g++) {
+    if (!tile.any_paged[g] || tile.values_ready >> g & 1) continue;
+    expand_values(w, tile, g);
+    tile.values_ready |= 1u << g;
+  }
+  const int64_t width = 2 * w.value_quads.size(), fours = vs::whole_tiles(tile.groups * (vs::kGroup / 4));
+  const float* steps = w.layer.quad_steps.get() + w.item.head * w.layer.quad_floats;
+  Quad* counts = w.scratch.counts;
+  for (int64_t first = 0; first < width; first += kBlocks) {
+    const Quad* values = w.scratch.value_quads + first / vs::kMatrixRows * kTileFours;
+    for (int64_t start = 0; start < w.rows; start += 2 * vs::kMatrixRows) {
+      const int64_t rows = std::min<int64_t>(2 * vs::kMatrixRows, w.rows - start);
+      Matrices::outputs(w.scratch.paged_bytes + start * kTile, kTile, values, kTileFours, fours, rows > vs::kMatrixRows, counts);
+      for (int64_t c = first; c < std::min<int64_t>(first + kBlocks, width); c += vs::kMatrixRows) {
+        const Quad* sums = counts + (c - first) / vs::kMatrixRows * 2 * vs::kMatrixRows;
+        const v16f step = load(steps + c);
+        for (int64_t r = 0; r < rows; r++) {
+          float* out = state.quads(start + r) + c;
+          store(out, Quads::numbers(sums[r]) * (step * w.scratch.weight_step[start + r]) + load(out));
+        }
+      }
     }
   }
 }
 
 // Channels in quads, kQuadsAtOnce of them together.
-inline void quad_outputs(const Work& w, Read& read, State& state) {
-  if (vs::is_matrix(w.rows)) return matrix_quads(w, read, state);
+inline void quad_outputs(const Work& w, Tile& tile, Read& read, State& state) {
+  if (vs::is_matrix(w.rows)) return matrix_quads(w, tile, state);
   for (int64_t first = 0; first < w.value_quads.size(); first += vs::kQuadsAtOnce) {
     const vs::Quad* quads = w.value_quads.quads.data() + first;
     read.line = w.value_lines * first / w.value_quads.size() * vs::kVectorBytes;
@@ -236,7 +255,7 @@ inline void flat_outputs(Work& w, const Tile& tile, State& state) {
   }
 }
 
-inline void page_outputs(Work& w, const Tile& tile, State& state) {
+inline void page_outputs(Work& w, Tile& tile, State& state) {
   Read read;
   for (int g = 0; g < tile.groups; g++) {
     if (!tile.any_paged[g]) continue;
@@ -244,7 +263,7 @@ inline void page_outputs(Work& w, const Tile& tile, State& state) {
     read.words[read.count] = tile.pages[g] + w.layer.value_start[w.item.head];
     read.active[read.count++] = g;
   }
-  if constexpr (vs::kQuads) quad_outputs(w, read, state);
+  if constexpr (vs::kQuads) quad_outputs(w, tile, read, state);
   if (!w.value_singles.fields.empty()) pair_outputs(w, read, state);
   flat_outputs(w, tile, state);
 }

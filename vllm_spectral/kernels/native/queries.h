@@ -30,8 +30,8 @@ inline void read_query(const Rows& query, int64_t token, int64_t head, int64_t d
   }
 }
 
-// The queries of an item's rows, rotated.
-inline void prepare(const Shape& shape, const Item& item, Queries& queries, Scratch& s) {
+// The queries of a slice's rows, rotated.
+inline void prepare_slice(const Shape& shape, const Item& item, Queries& queries, Scratch& s) {
   const Layer& layer = shape.layer;
   const int64_t dim = layer.dim, at = item.head * dim, parts = padded(dim) / 32;
   const vs::Coding& keys = layer.keys;
@@ -66,8 +66,12 @@ inline void prepare(const Shape& shape, const Item& item, Queries& queries, Scra
   }
 }
 
-// The output of an item's rows: numerators over totals, rotated back.
-inline void finish(const Shape& shape, const Item& item, const State& state, Scratch& s) {
+inline void prepare(const Shape& shape, const Item& item, std::vector<Queries>& queries, Scratch& s) {
+  for (int64_t i = 0; i < slices(item); i++) prepare_slice(shape, slice_of(item, i), queries[i], s);
+}
+
+// The output of a slice's rows: numerators over totals, rotated back.
+inline void finish_slice(const Shape& shape, const Item& item, const State& state, Scratch& s) {
   const Layer& layer = shape.layer;
   const int64_t dim = layer.dim, width = padded(dim);
   const int32_t* place = layer.quad_place.get() + item.head * dim;
@@ -104,6 +108,10 @@ inline void finish(const Shape& shape, const Item& item, const State& state, Scr
                 item.head * shape.group + row % shape.group, dim, s.lines + i * dim);
     }
   }
+}
+
+inline void finish(const Shape& shape, const Item& item, float* states, Scratch& s) {
+  for (int64_t i = 0; i < slices(item); i++) finish_slice(shape, slice_of(item, i), state_of(states, i, item, shape.layer), s);
 }
 
 }  // namespace

@@ -90,14 +90,16 @@ void fused_scores(Work& w, const uint8_t* words, const uint8_t* next, const v16f
     for (int h = 0; h < 2; h++) store(w.scratch.scores + r * kTile + g * vs::kGroup + h * vs::kHalf, sums[r][h] * scale[h]);
 }
 
+// Scores of R rows from the first on, over a group that is expanded.
 template <int R>
-void matrix_rows(Work& w, const int16_t* pair_of, int64_t first, int64_t count, const v16f* scale, int g) {
+void matrix_rows(Work& w, const Pair* pairs, int64_t first, const v16f* scale, int g) {
   v16f sums[R][2];
   if constexpr (vs::kQuads) {
     Quad counts[R][2];
     start_counts<R>(w, first, counts);
+    const Quad* found = w.scratch.key_counts + (g * kCountRows + first) * 2;
     for (int64_t r = 0; vs::kMatrices && r < R; r++)
-      for (int h = 0; h < 2; h++) counts[r][h] = counts[r][h] + w.scratch.counts[2 * (first + r) + h];
+      for (int h = 0; h < 2; h++) counts[r][h] = counts[r][h] + found[2 * r + h];
     for (int64_t i = 0; !vs::kMatrices && i < w.key_quads.size(); i++)
       add_counts<R>(w.scratch.key_quads[2 * i], w.scratch.key_quads[2 * i + 1],
                     w.queries.quads.bytes + i * w.rows + first, counts);
@@ -105,44 +107,75 @@ void matrix_rows(Work& w, const int16_t* pair_of, int64_t first, int64_t count, 
   } else {
     clear<2 * R>(&sums[0][0]);
   }
-  for (int64_t i = 0; i < count; i++) {
-    const Pair a = w.scratch.keys[2 * i], b = w.scratch.keys[2 * i + 1];
-    add_scores<R>(a, b, w.queries.paged + pair_of[i] * w.rows + first, sums);
+  for (const vs::Field& field : w.key_singles.fields) {
+    const Pair a = *pairs++, b = *pairs++;
+    add_scores<R>(a, b, w.queries.paged + field.channel * w.rows + first, sums);
   }
   for (int r = 0; r < R; r++)
-    for (int h = 0; h < 2; h++)
-      store(w.scratch.scores + (first + r) * kTile + g * vs::kGroup + h * vs::kHalf, sums[r][h] * scale[h]);
+    for (int h = 0; h < 2; h++) store(w.scratch.scores + (first + r) * kTile + g * vs::kGroup + h * vs::kHalf, sums[r][h] * scale[h]);
 }
 
-// Scores of a group for many rows, from its quads and pairs in the scratch.
-inline void matrix_scores(Work& w, const Tile& tile, int g, const v16f* scale) {
+// A group's keys as quads and pairs in the scratch: of matrices once for all slices of an item.
+inline void expand_keys(Work& w, const Tile& tile, int g, Quad* quads, Pair* pairs) {
   const uint8_t* words = tile.pages[g] + w.layer.key_start[w.item.head];
-  const int64_t half = w.layer.key_half[w.item.head];
-  for (int64_t i = 0; i < w.key_quads.size(); i++) {
+  const int64_t half = w.layer.key_half[w.item.head], size = w.key_quads.size();
+  for (int64_t i = 0; i < size; i++) {
     const vs::Quad& quad = w.key_quads[i];
-    w.scratch.key_quads[2 * i] = Quads::expand_any(quad, words + quad.offset, w.layer.byte_levels, 128);
-    w.scratch.key_quads[2 * i + 1] = Quads::expand_any(quad, words + half + quad.offset, w.layer.byte_levels, 128);
+    quads[2 * i] = Quads::expand_any(quad, words + quad.offset, w.layer.byte_levels, 128);
+    quads[2 * i + 1] = Quads::expand_any(quad, words + half + quad.offset, w.layer.byte_levels, 128);
   }
   for (int64_t line = 0; line < w.key_lines; line++) __builtin_prefetch(tile.ahead[g] + line * vs::kVectorBytes, 0, 3);
-  int64_t count = 0;
-  int16_t pair_of[256];  // which of the query's pairs each one meets
   for (const vs::Field& field : w.key_singles.fields) {
     const Pairs::Table table = Pairs::table(field);
-    w.scratch.keys[2 * count] = Pairs::expand_any(table, words + field.offset);
-    w.scratch.keys[2 * count + 1] = Pairs::expand_any(table, words + half + field.offset);
-    pair_of[count++] = static_cast<int16_t>(field.channel);
+    *pairs++ = Pairs::expand_any(table, words + field.offset);
+    *pairs++ = Pairs::expand_any(table, words + half + field.offset);
   }
-  if (vs::kMatrices)
-    Matrices::scores(w.queries.quads.bytes, w.scratch.key_quads, vs::whole_tiles(w.key_quads.size()), w.rows, w.scratch.counts);
+}
+
+// What matrices sum of a group's quads, for all rows; of all groups before anything is made of it, so that nothing waits.
+inline void count_scores(Work& w, Tile& tile, int g) {
+  const int64_t fours = vs::whole_tiles(w.key_quads.size());
+  Quad* quads = w.scratch.key_quads + 2 * fours * g;
+  if (!(tile.keys_ready >> g & 1)) {
+    expand_keys(w, tile, g, quads, w.scratch.keys + w.dim * g);
+    tile.keys_ready |= 1u << g;
+  }
+  Matrices::scores(w.queries.quads.bytes, quads, fours, w.rows, w.scratch.key_counts + g * kCountRows * 2);
+}
+
+// Scores of a group for many rows.
+inline void matrix_scores(Work& w, const Tile& tile, int g) {
+  const Pair* pairs = w.scratch.keys + (vs::kMatrices ? w.dim * g : 0);
+  if (!vs::kMatrices) expand_keys(w, tile, g, w.scratch.key_quads, w.scratch.keys);
   int64_t r = 0;
-  for (; r + 8 <= w.rows; r += 8) matrix_rows<8>(w, pair_of, r, count, scale, g);
-  for (; r + 4 <= w.rows; r += 4) matrix_rows<4>(w, pair_of, r, count, scale, g);
-  for (; r < w.rows; r++) matrix_rows<1>(w, pair_of, r, count, scale, g);
+  for (; r + 8 <= w.rows; r += 8) matrix_rows<8>(w, pairs, r, tile.key_scale[g], g);
+  for (; r + 4 <= w.rows; r += 4) matrix_rows<4>(w, pairs, r, tile.key_scale[g], g);
+  for (; r < w.rows; r++) matrix_rows<1>(w, pairs, r, tile.key_scale[g], g);
+}
+
+// Scores of R rows from the first on over a group, of what matrices have summed: the same as above.
+template <int R>
+VS_INLINE void late_scores(const Work& w, const Tile& tile, int64_t first, int g, v16f (*scores)[2]) {
+  Quad counts[R][2];
+  v16f sums[R][2];
+  start_counts<R>(w, first, counts);
+  const Quad* found = w.scratch.key_counts + (g * kCountRows + first) * 2;
+  for (int r = 0; r < R; r++)
+    for (int h = 0; h < 2; h++) counts[r][h] = counts[r][h] + found[2 * r + h];
+  end_counts<R>(w, first, counts, sums);
+  const Pair* pairs = w.scratch.keys + w.dim * g;
+  for (const vs::Field& field : w.key_singles.fields) {
+    const Pair a = *pairs++, b = *pairs++;
+    add_scores<R>(a, b, w.queries.paged + field.channel * w.rows + first, sums);
+  }
+  for (int r = 0; r < R; r++)
+    for (int h = 0; h < 2; h++) scores[r][h] = Quads::opaque(sums[r][h] * tile.key_scale[g][h]);
 }
 
 // The fallback's keys of a group, one by one: they are rare.
-inline void flat_scores(Work& w, const uint8_t* group, int g, uint32_t wanted) {
-  for (uint32_t left = flat_mask(group) & wanted; left; left &= left - 1) {
+inline void flat_scores(Work& w, const Tile& tile, int g) {
+  const uint8_t* group = tile.pages[g];
+  for (uint32_t left = flat_mask(group) & tile.any_paged[g]; left; left &= left - 1) {
     const int lane = __builtin_ctz(left);
     const int64_t half = lane / vs::kHalf * w.layer.key_half[w.item.head];
     const uint8_t* words = group + w.layer.key_start[w.item.head] + half + lane % vs::kHalf * 4;
@@ -151,17 +184,16 @@ inline void flat_scores(Work& w, const uint8_t* group, int g, uint32_t wanted) {
     for (int64_t r = 0; r < w.rows; r++) {
       v16f sums = {};
       for (int64_t c = 0; c < w.dim; c += 16) sums = load(w.queries.flat + r * w.dim + c) * load(w.scratch.vectors + c) + sums;
-      w.scratch.scores[r * kTile + g * vs::kGroup + lane] = (sum(sums) * scale + w.queries.flat_center[r]) * w.call.scale;
+      w.scratch.scores[r * kTile + g * vs::kGroup + lane] = (sum(sums) * scale + w.queries.flat_center[r]) * w.score_scale;
     }
   }
 }
 
-// scores[r, group g] = scale * q . k for keys in a page, while those of the group at next are fetched: pages are scattered
-// over the pool, so that no hardware sees the next one coming.
+// scores[r, group g] = scale * q . k for keys in a page, while the group that comes later is fetched: pages are scattered over the pool, so
+// that no hardware sees the next one coming.
 inline void page_scores(Work& w, const Tile& tile, int g) {
-  const uint8_t *group = tile.pages[g], *next = tile.ahead[g];
-  const uint8_t* words = group + w.layer.key_start[w.item.head];
-  const v16f scale[2] = {scales(w.layer, group) * w.call.scale, scales(w.layer, group + vs::kHalf) * w.call.scale};
+  const uint8_t *words = tile.pages[g] + w.layer.key_start[w.item.head], *next = tile.ahead[g];
+  const v16f* scale = tile.key_scale[g];
   switch (w.rows) {
     case 1: fused_scores<1>(w, words, next, scale, g); break;
     case 2: fused_scores<2>(w, words, next, scale, g); break;
@@ -171,9 +203,9 @@ inline void page_scores(Work& w, const Tile& tile, int g) {
     case 6: fused_scores<6>(w, words, next, scale, g); break;
     case 7: fused_scores<7>(w, words, next, scale, g); break;
     case 8: fused_scores<8>(w, words, next, scale, g); break;
-    default: matrix_scores(w, tile, g, scale);
+    default: matrix_scores(w, tile, g);
   }
-  flat_scores(w, group, g, tile.any_paged[g]);
+  flat_scores(w, tile, g);
 }
 
 }  // namespace

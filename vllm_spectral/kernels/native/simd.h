@@ -1,6 +1,7 @@
 // Vectors of 16 lanes for every instruction set, by the compiler's vector extension where it suffices. This file is
 // compiled once per instruction set; what it finds defined decides which primitives it has.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #if defined(__x86_64__)
@@ -233,33 +234,36 @@ VS_INLINE float peak(v16f x) {
   return x[0];
 }
 
-// e ** x for x <= 0, relative error below 3e-7, exactly 1 at 0; exactly 0 at -infinity and far below -87. Cody and Waite's
-// reduction to 2 ** n * 2 ** f with |f| <= 1/2, and a polynomial of 2 ** f that is 1 at 0 and else of least relative error.
-VS_INLINE v16f exp_negative(v16f x) {
-  constexpr float kLog2e = 1.44269504088896341f;
+// 2 ** (x - base), for a whole number base, relative error below 3e-6; 0 at x = -infinity and where it would be below 2 ** -126,
+// infinity or anything where it would not be a float32. The base moves nothing but the exponent: 2 ** (x - base) is 2 ** x times
+// a power of two, exactly. NaN stays NaN.
+VS_INLINE v16f exp2_above(v16f x, float base) {
 #if defined(__AVX512DQ__)
-  const v16f scaled = larger(splat(-1000.0f), x) * kLog2e;  // -infinity less its whole part would be NaN; NaN stays
-  const v16f f = (v16f)_mm512_reduce_ps((__m512)scaled, 0x08), n = scaled - f;
+  const v16f f = (v16f)_mm512_reduce_ps((__m512)x, 0x09);  // less its whole part, rounded down; 0 for -infinity
+  const v16f n = x - f;
 #else
-  const v16i zero = x < -87.0f;
-  const v16f scaled = select(zero, splat(0.0f), x) * kLog2e;
   const float magic = 12582912.0f;  // 1.5 * 2 ** 23: adding it rounds to an integer
-  const v16f n = (scaled + magic) - magic;  // this needs -fno-fast-math
-  const v16f f = scaled - n;
+  const v16i zero = x - base < -126.0f;
+  x = select(zero, splat(base), x);
+  const v16f n = (x - 0.5f + magic) - magic;  // this needs -fno-fast-math
+  const v16f f = x - n;
 #endif
-  v16f y = splat(1.32647269e-3f);
-  y = y * f + 9.67151266e-3f;
-  y = y * f + 5.55073374e-2f;
-  y = y * f + 2.40222421e-1f;
-  y = y * f + 6.93146978e-1f;
+  // The polynomial of degree 4 with the smallest relative error on [0, 1], 3e-6, of those that are 1 at 0.
+  v16f y = splat(1.342668e-2f);
+  y = y * f + 5.224247e-2f;
+  y = y * f + 2.412802e-1f;
+  y = y * f + 6.9304484e-1f;
   y = y * f + 1.0f;
 #if defined(__AVX512DQ__)
-  return (v16f)_mm512_scalef_ps((__m512)y, (__m512)n);
+  return (v16f)_mm512_scalef_ps((__m512)y, (__m512)(n - base));
 #else
-  const v16i exponent = __builtin_convertvector(n, v16i) << 23;
+  const v16i exponent = __builtin_convertvector(n - base, v16i) << 23;
   return select(zero, splat(0.0f), as_float(as_int(y) + exponent));
 #endif
 }
+
+// 2 ** n for a whole number n <= 0, or -infinity.
+inline float power_of_two(float n) { return n < -126.0f ? 0.0f : std::ldexp(1.0f, static_cast<int>(n)); }
 
 // Rounded to nearest even. NaN stays NaN.
 VS_INLINE uint16_t bf16_of(float x) {

@@ -16,7 +16,10 @@ namespace {
 
 constexpr int kTileGroups = 16, kTile = kTileGroups * vs::kGroup;  // positions per softmax tile
 constexpr int kSpan = 2 * kTile;                                  // positions per unit of parallel work
-constexpr int kRows = 64;                                         // most (query, head) rows attended to together
+// Most (query, head) rows attended to together, and most of an item, whose slices share what pages are expanded to.
+constexpr int kSlice = vs::kMatrices ? 32 : 64, kRows = vs::kMatrices ? 192 : 64;
+constexpr int kCountRows = kSlice + 1;  // so that a row's sums over many groups do not all want the same places of the cache
+constexpr int kTileFours = kTile / 4;                             // of tokens of a tile
 constexpr int kAhead = 2;   // groups from the one at work to the one being fetched
 constexpr int kTurned = vs::kMatrices ? vs::kMatrixRows : kTogether;  // rows that are rotated together
 constexpr int kBlock = 16;  // channels whose outputs are summed together
@@ -24,17 +27,24 @@ constexpr float kNone = -INFINITY;
 
 inline int64_t padded(int64_t dim) { return (dim + 31) / 32 * 32; }
 
-// Softmax state of a set of rows: numerators in the rotated basis (pages) and in the model's (copies).
+// Of values' quads, as many pairs of channels as a tile of matrices has columns, at most; an even number of them.
+inline int64_t value_blocks(const Layer& layer) { return (layer.quad_floats + 31) / 32 * 2; }
+
+constexpr float kLog2e = 1.44269504088896341f;
+
+// Softmax state of a set of rows: numerators in the rotated basis (pages) and in the model's (copies). Softmax is taken to the
+// base of 2, scores being multiplied by log2(e) where they are by their scale. What is summed are 2 ** (score - base); a base
+// is a whole number, so that it is of no account for any bit of the result.
 struct State {
   int64_t width;        // floats of a row of numerators
-  float *peak, *total;  // [rows]
+  float *base, *total;  // [rows]; base of -infinity: nothing seen
   float* numerators;    // [rows, width], each of the following after the other
   int64_t plain_at, quads_at;
   static int64_t row_floats(const Layer& layer) { return layer.dim + padded(layer.dim) + layer.quad_floats; }
   static size_t floats(int64_t rows, const Layer& layer) { return rows * (2 + row_floats(layer)); }
   State(float* at, int64_t rows, const Layer& layer)
       : width(row_floats(layer)),
-        peak(at),
+        base(at),
         total(at + rows),
         numerators(at + 2 * rows),
         plain_at(layer.dim),
@@ -44,17 +54,25 @@ struct State {
   float* plain(int64_t r) const { return numerators + r * width + plain_at; }
   float* quads(int64_t r) const { return numerators + r * width + quads_at; }  // [quad_floats] rotated, in the order of quads
   void clear(int64_t rows) {
-    std::fill(peak, peak + rows, kNone);
+    std::fill(base, base + rows, kNone);
     std::fill(total, total + rows, 0.0f);
     std::fill(numerators, numerators + rows * width, 0.0f);
   }
+  // Moves a row to a larger base.
+  void move(int64_t r, float to) {
+    const float keep = power_of_two(base[r] - to);
+    total[r] *= keep;
+    base[r] = to;
+    float* row = rotated(r);
+    for (int64_t c = 0; c < width; c += 16) store(row + c, load(row + c) * keep);
+  }
   void merge(const State& from, int64_t rows) {
     for (int64_t r = 0; r < rows; r++) {
-      if (from.peak[r] == kNone) continue;
-      const float most = std::max(peak[r], from.peak[r]);
-      const float keep = exp_negative(splat(peak[r] - most))[0], add = exp_negative(splat(from.peak[r] - most))[0];
+      if (from.base[r] == kNone) continue;
+      const float most = std::max(base[r], from.base[r]);
+      const float keep = power_of_two(base[r] - most), add = power_of_two(from.base[r] - most);
       total[r] = total[r] * keep + from.total[r] * add;
-      peak[r] = most;
+      base[r] = most;
       float* row = rotated(r);
       for (int64_t c = 0; c < width; c += 16) store(row + c, load(row + c) * keep + load(from.rotated(r) + c) * add);
     }
@@ -78,50 +96,55 @@ struct Queries {
   }
 };
 
-// The scratch of one thread.
+// The scratch of one thread. Rows are those of a slice.
 struct Scratch {
-  Queries queries;
+  std::vector<Queries> queries;  // of an item's slices
   float* scores;             // [rows, kTile]
+  Quad* key_counts;          // [kTileGroups, kCountRows, 2] what matrices sum of keys
   float* paged;              // [rows, kTile] weights of tokens read from pages, in groups that have some coded by the fallback
   Pair* paged_pairs;         // [rows, kTileGroups] weights
   PairScalar* exact_pairs;   // [rows, kTileGroups, 16] weights
-  Pair* keys;                // [dim / 2, 2] one group's keys
+  Pair* keys;                // [dim / 2, 2] one group's keys; of matrices all of a tile's groups'
   Pair* values;              // [kBlock, kTileGroups]
-  Quad* key_quads;           // [dim / 2, 2] one group's keys
-  Quad* value_quads;         // [kQuadsAtOnce, kTileGroups]; of matrices [kTileGroups, fours of tokens]
+  Quad* key_quads;           // [dim / 2, 2] one group's keys; of matrices all of a tile's groups', in whole tiles
+  Quad* value_quads;         // [kQuadsAtOnce, kTileGroups]; of matrices all of a tile, [blocks of 16 channels, fours of tokens]
+  Quad* some_quads;          // [dim / 2] of copies
   Quad* paged_quads;         // [rows, kTileGroups] weights
-  uint8_t* paged_bytes;      // [rows, kTile] weights of matrices, without the groups that nobody reads from pages
-  Quad* counts;              // [rows, 2] what matrices sum
+  uint8_t* paged_bytes;      // [rows, kTile] weights of matrices, 0 for groups that nobody reads from pages
+  Quad* counts;              // [2, 2 * kMatrixRows] what matrices sum of values
   float* block;              // [kMatrixRows, 16] the same of bf16
   float* scaled;             // [kTogether, kTile] weights times their tokens' scales
   float* weight_step;        // [rows] of the weights' bytes
   float *vectors, *lines;    // [kTurned, dim]
   uint16_t *high, *low;      // [kTurned, padded dim] vectors to be turned by matrices
-  float *item, *span;        // states
+  float *item, *span;        // states of an item's slices
   uint16_t *copies, *zeros;  // [kGroup, dim] and [dim]: bf16 rows
 
-  Scratch(const Layer& layer, vs::Carver& carver) : queries(kRows, layer.dim, carver) {
-    const int64_t dim = layer.dim;
-    carver.take(scores, kRows * kTile);
-    carver.take(paged, kRows * kTile);
-    carver.take(paged_pairs, kRows * kTileGroups);
-    carver.take(exact_pairs, kRows * kTileGroups * 16);
-    carver.take(keys, dim);
+  Scratch(const Layer& layer, vs::Carver& carver) {
+    const int64_t dim = layer.dim, expanded = vs::kMatrices ? kTileGroups : 1;
+    for (int i = 0; i < kRows / kSlice; i++) queries.emplace_back(kSlice, dim, carver);
+    carver.take(scores, kSlice * kTile);
+    carver.take(key_counts, vs::kMatrices ? kTileGroups * kCountRows * 2 : 0);
+    carver.take(paged, kSlice * kTile);
+    carver.take(paged_pairs, kSlice * kTileGroups);
+    carver.take(exact_pairs, kSlice * kTileGroups * 16);
+    carver.take(keys, expanded * dim);
     carver.take(values, kBlock * kTileGroups);
-    carver.take(key_quads, 2 * vs::whole_tiles(dim / 2));
-    carver.take(value_quads, (vs::kMatrices ? vs::kMatrixRows / 2 : vs::kQuadsAtOnce) * kTileGroups);
-    carver.take(paged_quads, (vs::kMatrices ? vs::kFusedRows : kRows) * kTileGroups);
-    carver.take(paged_bytes, vs::kMatrices ? kRows * kTile : 0);
-    carver.take(counts, vs::kMatrices ? 2 * kRows : 0);
+    carver.take(key_quads, expanded * 2 * vs::whole_tiles(dim / 2));
+    carver.take(value_quads, vs::kMatrices ? value_blocks(layer) * kTileFours : vs::kQuadsAtOnce * kTileGroups);
+    carver.take(some_quads, vs::kMatrices ? padded(dim) / 2 : 0);
+    carver.take(paged_quads, (vs::kMatrices ? vs::kFusedRows : kSlice) * kTileGroups);
+    carver.take(paged_bytes, vs::kMatrices ? kSlice * kTile : 0);
+    carver.take(counts, vs::kMatrices ? 4 * vs::kMatrixRows : 0);
     carver.take(block, vs::kMatrices ? vs::kMatrixRows * 16 : 0);
     carver.take(scaled, kTogether * kTile);
-    carver.take(weight_step, kRows);
+    carver.take(weight_step, kSlice);
     carver.take(vectors, kTurned * dim);
     carver.take(lines, kTurned * dim);
     carver.take(high, vs::kMatrices ? kTurned * padded(dim) : 0);
     carver.take(low, vs::kMatrices ? kTurned * padded(dim) : 0);
-    carver.take(item, State::floats(kRows, layer));
-    carver.take(span, State::floats(kRows, layer));
+    carver.take(item, kRows / kSlice * State::floats(kSlice, layer));
+    carver.take(span, kRows / kSlice * State::floats(kSlice, layer));
     carver.take(copies, vs::kGroup * dim);
     carver.take(zeros, dim);
   }
@@ -133,6 +156,20 @@ struct Item {
   int64_t first_row, rows;        // row = query * group + head of the group
   int64_t first_tile, last_tile;  // positions [first_tile * kTile, last_tile * kTile)
 };
+
+// The rows of an item that are attended to together.
+inline int64_t slices(const Item& item) { return (item.rows + kSlice - 1) / kSlice; }
+inline Item slice_of(const Item& item, int64_t i) {
+  Item slice = item;
+  slice.first_row += i * kSlice;
+  slice.rows = std::min<int64_t>(kSlice, item.rows - i * kSlice);
+  return slice;
+}
+
+// The states of an item's slices lie one after the other.
+inline State state_of(float* states, int64_t i, const Item& item, const Layer& layer) {
+  return State(states + i * State::floats(kSlice, layer), slice_of(item, i).rows, layer);
+}
 
 struct Shape {
   int64_t group;  // query heads per KV head
@@ -196,22 +233,23 @@ VS_INLINE uint32_t between(int64_t low, int64_t high, int64_t first) {
   return a >= b ? 0 : static_cast<uint32_t>(((1ull << b) - 1) & ~((1ull << a) - 1));
 }
 
-// An item at work.
+// A slice at work.
 struct Work {
   const Layer& layer;
   const StepCall& call;
-  const Item& item;
+  const Item item;
   const Queries& queries;
   Scratch& scratch;
   const int64_t dim, rows;
   const vs::Singles &key_singles, &value_singles;
   const vs::QuadList &key_quads, &value_quads;
   const float* value_width;  // [dim]
+  const float score_scale;   // of products, to scores in bits
   Ahead next;
   int64_t context, before, first_query, last_query;  // before: tokens of the request before the step
   int64_t pages_end;                // where this item's pages end: positions from here on are the next item's, or exact
   int64_t key_lines, value_lines;   // cache lines of a group, the scales counted with the keys
-  int64_t position[kRows];
+  int64_t position[kSlice];
 
   Work(const Shape& shape, const Item& work, const Queries& prepared, Scratch& own, const Item* following)
       : layer(shape.layer),
@@ -226,6 +264,7 @@ struct Work {
         key_quads(layer.key_quads[item.head]),
         value_quads(layer.value_quads[item.head]),
         value_width(layer.values.width.get() + item.head * dim),
+        score_scale(call.scale * kLog2e),
         next(shape, following) {
     context = call.context_lens[item.request];
     before = context - shape.queries(item.request);
@@ -280,13 +319,22 @@ struct Tile {
   v16f value_scale[kTileGroups][2];
   bool whole[kTileGroups];                       // all rows read all of the group from its page
   bool all_whole;                                // of all groups
+  uint32_t keys_ready, values_ready;             // groups that are expanded
+  v16f key_scale[kTileGroups][2];                // of scores
+  bool late;                                     // scores are made when they are weighed, of a few rows after the other
 
   int64_t first(int group) const { return start + group * vs::kGroup; }
 
-  // Moves to a tile. Tiles of an item come one after the other: a place is looked up once, when it is fetched.
+  // To the groups that a slice sees.
+  void show(const Work& w) {
+    groups = static_cast<int>((std::clamp<int64_t>(w.last_query + 1 - start, 0, kTile) + vs::kGroup - 1) / vs::kGroup);
+  }
+
+  // Moves to a tile, of which the item's last slice sees most. Tiles of an item come one after the other: a place is looked up once, when it is fetched.
   void move(const Work& w, int64_t index, bool following) {
     start = index * kTile;
-    groups = static_cast<int>(std::min<int64_t>((std::min(w.last_query + 1 - start, int64_t{kTile}) + 31) / 32, kTileGroups));
+    keys_ready = values_ready = 0;
+    show(w);
     for (int g = 0; g < groups; g++) {
       pages[g] = following && first(g) < w.pages_end ? upcoming[g] : w.group_at(first(g));
       upcoming[g] = w.group_ahead(first(g), kTile, pages[g]);

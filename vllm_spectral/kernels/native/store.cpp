@@ -53,9 +53,17 @@ VS_INLINE void nearest_codes(const float* edges, const v16f* x, v16i* codes) {
       codes[v] = codes[v] + codes[v] - (lookup(edges + vs::edges_at(depth), depth, codes[v]) < x[v]);
 }
 
-// whitened[c * kChunk + t] of all tokens of a chunk, and of those in the list the scale around which to search.
-void whiten(const float* rotated, const float* center, const Allocation& to, int64_t dim, const Layer& layer, const int* tokens,
-            int count, float* whitened, int* middle, float* power_of) {
+// How many of the rising bounds between scales do not lie above each of some numbers; all for NaN.
+v16i bounds_below(const float* bounds, v16f x) {
+  v16i index = {};
+#pragma GCC unroll 7
+  for (int step = vs::kScales / 2; step; step /= 2) index -= ~(x < lookup(bounds, 7, index + (step - 1))) & -step;
+  return index;
+}
+
+// whitened[c * kChunk + t] of all tokens of a chunk, and the scales around which to search.
+void whiten(const float* rotated, const float* center, const Allocation& to, int64_t dim, const Layer& layer, float* whitened,
+            int* middle, float* power_of) {
   v16f power = {};
   for (int64_t c = 0; c < dim; c++) {
     v16f x = load(rotated + c * kChunk);
@@ -67,10 +75,7 @@ void whiten(const float* rotated, const float* center, const Allocation& to, int
   }
   power = power * to.inverse_stored;
   store(power_of, power);
-  for (int i = 0; i < count; i++) {
-    const float* bounds = layer.scale_bounds.get();
-    middle[tokens[i]] = static_cast<int>(std::upper_bound(bounds, bounds + vs::kScales - 1, power_of[tokens[i]]) - bounds);
-  }
+  store_integers(middle, bounds_below(layer.scale_bounds.get(), power));
 }
 
 // The best scales of twice kVectors tokens, which need not differ: a vector holds two tokens, kTried scales each.
@@ -173,7 +178,7 @@ namespace vs {
 
 StoreScratch::StoreScratch(const Layer& layer, Carver& carver) {
   carver.take(vectors, kTogether * layer.dim);
-  carver.take(turned, kTogether * layer.dim);
+  carver.take(turned, kChunk * layer.dim);
   carver.take(rotated, layer.dim * kChunk);
   carver.take(whitened, layer.dim * kChunk);
   carver.take(flat_whitened, layer.dim * kChunk);
@@ -208,13 +213,20 @@ void store_unit(const Layer& layer, const StepCall& call, int64_t unit, StoreScr
   if (count < kChunk) memset(rotated, 0, dim * kChunk * sizeof(float));
   for (int i = 0; i < count; i += kTogether) {
     const int some = std::min(kTogether, count - i);
+    float* turned = scratch.turned + i * dim;
     for (int j = 0; j < some; j++) {
-      read_row(rows, start + tokens[i + j], head, dim, scratch.turned);
-      for (int64_t c = 0; c < dim; c++) scratch.vectors[j * dim + c] = scratch.turned[c];
+      read_row(rows, start + tokens[i + j], head, dim, turned);
+      for (int64_t c = 0; c < dim; c++) scratch.vectors[j * dim + c] = turned[c];
     }
-    rotate(scratch.vectors, some, coding.basis + head * dim * dim, dim, scratch.turned);
-    for (int j = 0; j < some; j++)
-      for (int64_t c = 0; c < dim; c++) rotated[c * kChunk + tokens[i + j]] = scratch.turned[j * dim + c];
+    rotate(scratch.vectors, some, coding.basis + head * dim * dim, dim, turned);
+    for (int j = 0; count < kChunk && j < some; j++)
+      for (int64_t c = 0; c < dim; c++) rotated[c * kChunk + tokens[i + j]] = turned[j * dim + c];
+  }
+  for (int64_t c = 0; count == kChunk && c < dim; c += kChunk) {
+    v16f block[kChunk];
+    for (int t = 0; t < kChunk; t++) block[t] = load(scratch.turned + t * dim + c);
+    transpose(block);
+    for (int k = 0; k < kChunk; k++) store(rotated + (c + k) * kChunk, block[k]);
   }
   const int64_t at = head * dim;
   const Allocation spectral = {coding.fields[head].data(), coding.width.get() + at, coding.inverse_width.get() + at,
@@ -224,9 +236,9 @@ void store_unit(const Layer& layer, const StepCall& call, int64_t unit, StoreScr
   Fit fits[kChunk], flat_fits[kChunk];
   int middle[kChunk], flat_middle[kChunk];
   float power[kChunk], flat_power[kChunk];
-  whiten(rotated, nullptr, spectral, dim, layer, tokens, count, scratch.whitened, middle, power);
+  whiten(rotated, nullptr, spectral, dim, layer, scratch.whitened, middle, power);
   best_scales(scratch.whitened, tokens, count, middle, spectral, dim, layer, fits);
-  whiten(rotated, coding.center.get() + at, flat, dim, layer, tokens, count, scratch.flat_whitened, flat_middle, flat_power);
+  whiten(rotated, coding.center.get() + at, flat, dim, layer, scratch.flat_whitened, flat_middle, flat_power);
   uint32_t plain_mask = 0, flat_mask = 0;
   int tried[kChunk], num_tried = 0;
   for (int i = 0; i < count; i++) {

@@ -1,13 +1,15 @@
 """Effective capacity at a working point: everything that is resident for the cache, against bf16.
 
 ``python -m benchmarks.capacity PROFILE [REQUESTS] [CONTEXT]`` gives the real engine exactly the memory that so many
-requests of the demo model take in pages and exact copies, and prints what it reports.
+requests of the demo model take in pages and exact copies, lets them all decode at once with their contexts full, and prints
+what it reports: the kernels' workspace grows with the work.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -19,12 +21,13 @@ from vllm_spectral.profile.storage import load_profile
 from vllm_spectral.stats.memory import EngineMemory, MemoryReport, WorkerMemory
 
 BLOCK = 32
+ANSWER_TOKENS = 16
 
 
 def main(path: str, requests: int, context: int) -> None:
     """Start, ask, print."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM
+    from vllm import LLM, SamplingParams, TokensPrompt
 
     model, profile = ModelDescription.from_directory(demo_model()), load_profile(Path(path))
     layers, heads = model.num_layers, model.num_kv_heads
@@ -36,6 +39,11 @@ def main(path: str, requests: int, context: int) -> None:
         kv_cache_memory_bytes=requests * (pages + window), worker_extension_cls=EXTENSION,
         additional_config={"spectral": {"profile": path, "exact_bytes": requests * window}},
     )  # fmt: skip
+    draw = random.Random(0)
+    length = context - ANSWER_TOKENS
+    prompts = [TokensPrompt(prompt_token_ids=draw.choices(range(100, 10_000), k=length)) for _ in range(requests)]
+    answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True))
+    assert all(len(answer.outputs[0].token_ids) == ANSWER_TOKENS for answer in answers)
     (answer,) = llm.collective_rpc("spectral_memory")
     report = MemoryReport(BLOCK, (EngineMemory((WorkerMemory.from_wire(answer),)),))
     for name in (

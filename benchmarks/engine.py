@@ -2,6 +2,8 @@
 
 ``python -m benchmarks.engine PROFILE [--points 1x128 8x7168 ...] [--json FILE]``. Prompts are windows of real text, each
 request's its own. Greedy text of a short request is compared first: an engine that answers nonsense is not timed.
+``--chunk`` bounds the tokens of a step, on both sides; ``--new`` caches all but so many tokens of each prompt before it is
+timed, so that its prefill is what follows a prefix hit.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ PROMPT = "The three most important inventions of the nineteenth century were"
 POOL_BYTES = 3 << 30
 
 
-def serve(profile: str) -> None:
+def serve(profile: str, chunk: int, new: int) -> None:
     """The child: one engine, one JSON request per line, one JSON answer."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
@@ -36,7 +38,7 @@ def serve(profile: str) -> None:
 
     llm: Any = LLM(
         str(demo_model(progress=False)), enforce_eager=True, block_size=32, max_model_len=8192, max_num_seqs=32,
-        max_num_batched_tokens=8192, kv_cache_memory_bytes=POOL_BYTES, enable_prefix_caching=False,
+        max_num_batched_tokens=chunk, kv_cache_memory_bytes=POOL_BYTES, enable_prefix_caching=new > 0,
         disable_log_stats=True, additional_config={"spectral": {"profile": profile}} if profile != "stock" else {},
     )  # fmt: skip
     tokenizer = llm.get_tokenizer()
@@ -49,20 +51,25 @@ def serve(profile: str) -> None:
             output = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
             answer: Any = output[0].outputs[0].text
         else:
-            answer = measure(llm, ids, request["batch"], request["context"])
+            answer = measure(llm, ids, request["batch"], request["context"], request["round"], new)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def measure(llm: Any, ids: list[int], batch: int, context: int) -> dict[str, float]:
+def measure(llm: Any, ids: list[int], batch: int, context: int, round_: int, new: int) -> dict[str, float]:
     """Seconds of prefill, and the median of decode steps in which all requests take part."""
     from vllm import SamplingParams
 
     engine = llm.llm_engine
     parameters = SamplingParams(temperature=0, max_tokens=STEPS + 4, ignore_eos=True)
-    for index in range(batch):
-        start = index * 2749 % (len(ids) - context)
-        engine.add_request(f"{time.time_ns()}-{index}", {"prompt_token_ids": ids[start : start + context]}, parameters)
+    # Cached prompts are of no round before.
+    starts = [(index + (round_ * batch if new else 0)) * 2749 % (len(ids) - context) for index in range(batch)]
+    prompts = [ids[start : start + context] for start in starts]
+    if new:
+        cached = [{"prompt_token_ids": prompt[: context - new]} for prompt in prompts]
+        llm.generate(cached, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    for index, prompt in enumerate(prompts):
+        engine.add_request(f"{time.time_ns()}-{index}", {"prompt_token_ids": prompt}, parameters)
     prefill, steps = 0.0, []
     while engine.has_unfinished_requests():
         start_time = time.perf_counter()
@@ -78,9 +85,9 @@ def measure(llm: Any, ids: list[int], batch: int, context: int) -> dict[str, flo
 class Side:
     """The parent's end of one engine."""
 
-    def __init__(self, profile: str) -> None:
+    def __init__(self, profile: str, *flags: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.engine", "--serve", profile],
+            [sys.executable, "-m", "benchmarks.engine", "--serve", profile, *flags],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
         )  # fmt: skip
@@ -107,15 +114,20 @@ def main() -> None:
     parser.add_argument("profile", nargs="?")
     parser.add_argument("--points", nargs="+", default=POINTS, help="BATCHxCONTEXT")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--chunk", type=int, default=8192, help="most tokens of a step (%(default)s)")
+    parser.add_argument(
+        "--new", type=int, default=0, help="tokens of a prompt that are not cached before; 0: nothing is"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve)
+        serve(arguments.serve, arguments.chunk, arguments.new)
         return
     if not arguments.profile:
         parser.error("a profile is needed: vllm-spectral calibrate demo -o PROFILE --preset balanced")
-    sides = {"stock": Side("stock"), "ours": Side(arguments.profile)}
+    flags = ("--chunk", str(arguments.chunk), "--new", str(arguments.new))
+    sides = {"stock": Side("stock", *flags), "ours": Side(arguments.profile, *flags)}
     results = []
     try:
         texts = {name: side.ask(kind="text") for name, side in sides.items()}
@@ -126,7 +138,7 @@ def main() -> None:
             taken: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
             for round_ in range(arguments.rounds + 1):
                 for name, side in sides.items():
-                    answer = side.ask(kind="measure", batch=batch, context=context)
+                    answer = side.ask(kind="measure", batch=batch, context=context, round=round_)
                     if round_ or batch * context > 20_000:  # the first round warms up, where that is cheap
                         taken[name].append(answer)
             ratio = {
@@ -140,7 +152,7 @@ def main() -> None:
             )
             sys.stdout.flush()
             results.append({"batch": batch, "context": context, "seconds": taken, "ratio": ratio})
-            save(arguments.json, {"points": results})
+            save(arguments.json, {"points": results, "chunk": arguments.chunk, "new": arguments.new})
     finally:
         for side in sides.values():
             side.stop()

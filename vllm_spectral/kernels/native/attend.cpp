@@ -82,25 +82,25 @@ void attend(const Shape& shape, const Item& item, const std::vector<Queries>& qu
             std::vector<Work>& works, float* states) {
   const int64_t count = slices(item);
   works.clear();
-  for (int64_t i = 0; i < count; i++) {
+  for (int64_t i = 0; i < count; i++)
     works.emplace_back(shape, slice_of(item, i), queries[i], scratch, i + 1 == count ? following : nullptr);
-    state_of(states, i, item, shape.layer).clear(works[i].rows);
-  }
   Tile tile;
   const int64_t tiles_per_span = kSpan / kTile;
   for (int64_t index = item.first_tile; index < item.last_tile;) {
     const int64_t end = std::min((index / tiles_per_span + 1) * tiles_per_span, item.last_tile);
-    for (int64_t i = 0; i < count; i++) state_of(scratch.span, i, item, shape.layer).clear(works[i].rows);
+    const bool first = index == item.first_tile;  // nothing to be merged with
+    float* spans = first ? states : scratch.span;
+    for (int64_t i = 0; i < count; i++) state_of(spans, i, item, shape.layer).clear(works[i].rows);
     for (; index < end; index++) {
       tile.move(works.back(), index, index > item.first_tile);
       for (int64_t i = 0; i < count; i++) {
-        State span = state_of(scratch.span, i, item, shape.layer);
+        State span = state_of(spans, i, item, shape.layer);
         tile.show(works[i]);
         attend_tile(works[i], tile, span);
       }
     }
-    for (int64_t i = 0; i < count; i++)
-      state_of(states, i, item, shape.layer).merge(state_of(scratch.span, i, item, shape.layer), works[i].rows);
+    for (int64_t i = 0; !first && i < count; i++)
+      state_of(states, i, item, shape.layer).merge(state_of(spans, i, item, shape.layer), works[i].rows);
   }
 }
 

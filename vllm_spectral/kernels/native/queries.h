@@ -82,7 +82,7 @@ inline void finish_slice(const Shape& shape, const Item& item, const State& stat
       share[i] = state.total[start + i] > 0 ? 1.0f / state.total[start + i] : 0.0f;
       const float *rotated = state.rotated(start + i), *quads = state.quads(start + i);
       for (int64_t c = 0; c < dim; c += 16) {
-        const v16f x = (load(rotated + c) + gather(quads, load_integers(place + c))) * share[i];
+        const v16f x = (load(rotated + c) + gather(quads, layer.quad_floats, load_integers(place + c))) * share[i];
         if (vs::kMatrices)
           Matrices::split(x, s.high + i * width + c, s.low + i * width + c);
         else

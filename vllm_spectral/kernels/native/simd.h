@@ -133,10 +133,25 @@ VS_INLINE v16f lookup(const float* table, [[maybe_unused]] int bits, v16i index)
 #endif
 }
 
-// from[index], or 0 where the index is negative.
-VS_INLINE v16f gather(const float* from, v16i index) {
+#if defined(__AVX512F__)
+// Of 64 floats, faster than 16 loads.
+VS_INLINE v16f gather_near(const float* from, v16i index) {
+  const v16f low = (v16f)_mm512_permutex2var_ps((__m512)load(from), (__m512i)index, (__m512)load(from + 16));
+  const v16f high = (v16f)_mm512_permutex2var_ps((__m512)load(from + 32), (__m512i)index, (__m512)load(from + 48));
+  return (v16f)_mm512_mask_blend_ps(_mm512_test_epi32_mask((__m512i)index, _mm512_set1_epi32(32)), (__m512)low, (__m512)high);
+}
+#endif
+
+// from[index] of so many floats, or 0 where the index is negative.
+VS_INLINE v16f gather(const float* from, [[maybe_unused]] int64_t size, v16i index) {
 #if defined(__AVX512F__)
   const __mmask16 some = _mm512_cmpge_epi32_mask((__m512i)index, _mm512_setzero_si512());
+  if (size == 64) return (v16f)_mm512_maskz_mov_ps(some, (__m512)gather_near(from, index));
+  if (size == 128) {
+    const __mmask16 far = _mm512_test_epi32_mask((__m512i)index, _mm512_set1_epi32(64));
+    const v16f near = gather_near(from, index), other = gather_near(from + 64, index);
+    return (v16f)_mm512_maskz_mov_ps(some, _mm512_mask_blend_ps(far, (__m512)near, (__m512)other));
+  }
   return (v16f)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, (__m512i)index, from, 4);
 #else
   v16f result;

@@ -154,7 +154,7 @@ inline void weigh(Work& w, const Tile& tile, State& state) {
   for (int64_t r = 0; r < w.rows; r += kTogether) {
     const int64_t count = std::min<int64_t>(kTogether, w.rows - r);
     float largest[kTogether];
-    if (tile.late)
+    if (vs::kMatrices && tile.late)
       weigh_some<true, true>(w, tile, r, count, state, largest);
     else if (tile.all_whole && w.call.soft_cap <= 0)
       weigh_some<true, false>(w, tile, r, count, state, largest);

@@ -97,7 +97,7 @@ void matrix_rows(Work& w, const Pair* pairs, int64_t first, const v16f* scale, i
   if constexpr (vs::kQuads) {
     Quad counts[R][2];
     start_counts<R>(w, first, counts);
-    const Quad* found = w.scratch.key_counts + (g * kCountRows + first) * 2;
+    const Quad* found = w.scratch.key_counts + (g * kSlice + first) * 2;
     for (int64_t r = 0; vs::kMatrices && r < R; r++)
       for (int h = 0; h < 2; h++) counts[r][h] = counts[r][h] + found[2 * r + h];
     for (int64_t i = 0; !vs::kMatrices && i < w.key_quads.size(); i++)
@@ -140,7 +140,7 @@ inline void count_scores(Work& w, Tile& tile, int g) {
     expand_keys(w, tile, g, quads, w.scratch.keys + w.dim * g);
     tile.keys_ready |= 1u << g;
   }
-  Matrices::scores(w.queries.quads.bytes, quads, fours, w.rows, w.scratch.key_counts + g * kCountRows * 2);
+  Matrices::scores(w.queries.quads.bytes, quads, fours, w.rows, w.scratch.key_counts + g * kSlice * 2);
 }
 
 // Scores of a group for many rows.
@@ -159,7 +159,7 @@ VS_INLINE void late_scores(const Work& w, const Tile& tile, int64_t first, int g
   Quad counts[R][2];
   v16f sums[R][2];
   start_counts<R>(w, first, counts);
-  const Quad* found = w.scratch.key_counts + (g * kCountRows + first) * 2;
+  const Quad* found = w.scratch.key_counts + (g * kSlice + first) * 2;
   for (int r = 0; r < R; r++)
     for (int h = 0; h < 2; h++) counts[r][h] = counts[r][h] + found[2 * r + h];
   end_counts<R>(w, first, counts, sums);

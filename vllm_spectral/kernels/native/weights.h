@@ -136,7 +136,7 @@ void to_bytes(Work& w, const Tile& tile, int64_t first, const float* largest) {
 #pragma GCC unroll 4
     for (int i = 0; i < R; i++) {
       Quad bytes[2];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int h = 0; h < 2; h++) {
         const v16f x = load(w.scratch.scaled + i * kTile + g * vs::kGroup + h * vs::kHalf) * inverse[i] + carried[i][h];
         bytes[h] = Quads::rounded(x);

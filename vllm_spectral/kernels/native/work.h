@@ -18,7 +18,6 @@ constexpr int kTileGroups = 16, kTile = kTileGroups * vs::kGroup;  // positions 
 constexpr int kSpan = 2 * kTile;                                  // positions per unit of parallel work
 // Most (query, head) rows attended to together, and most of an item, whose slices share what pages are expanded to.
 constexpr int kSlice = vs::kMatrices ? 32 : 64, kRows = vs::kMatrices ? 192 : 64;
-constexpr int kCountRows = kSlice + 1;  // so that a row's sums over many groups do not all want the same places of the cache
 constexpr int kTileFours = kTile / 4;                             // of tokens of a tile
 constexpr int kAhead = 2;   // groups from the one at work to the one being fetched
 constexpr int kTurned = vs::kMatrices ? vs::kMatrixRows : kTogether;  // rows that are rotated together
@@ -100,7 +99,7 @@ struct Queries {
 struct Scratch {
   std::vector<Queries> queries;  // of an item's slices
   float* scores;             // [rows, kTile]
-  Quad* key_counts;          // [kTileGroups, kCountRows, 2] what matrices sum of keys
+  Quad* key_counts;          // [kTileGroups, rows, 2] what matrices sum of keys
   float* paged;              // [rows, kTile] weights of tokens read from pages, in groups that have some coded by the fallback
   Pair* paged_pairs;         // [rows, kTileGroups] weights
   PairScalar* exact_pairs;   // [rows, kTileGroups, 16] weights
@@ -108,7 +107,7 @@ struct Scratch {
   Pair* values;              // [kBlock, kTileGroups]
   Quad* key_quads;           // [dim / 2, 2] one group's keys; of matrices all of a tile's groups', in whole tiles
   Quad* value_quads;         // [kQuadsAtOnce, kTileGroups]; of matrices all of a tile, [blocks of 16 channels, fours of tokens]
-  Quad* some_quads;          // [dim / 2] of copies
+  Quad* some_quads;          // [dim / 2], two tiles at least, of copies
   Quad* paged_quads;         // [rows, kTileGroups] weights
   uint8_t* paged_bytes;      // [rows, kTile] weights of matrices, 0 for groups that nobody reads from pages
   Quad* counts;              // [2, 2 * kMatrixRows] what matrices sum of values
@@ -124,7 +123,7 @@ struct Scratch {
     const int64_t dim = layer.dim, expanded = vs::kMatrices ? kTileGroups : 1;
     for (int i = 0; i < kRows / kSlice; i++) queries.emplace_back(kSlice, dim, carver);
     carver.take(scores, kSlice * kTile);
-    carver.take(key_counts, vs::kMatrices ? kTileGroups * kCountRows * 2 : 0);
+    carver.take(key_counts, vs::kMatrices ? kTileGroups * kSlice * 2 : 0);
     carver.take(paged, kSlice * kTile);
     carver.take(paged_pairs, kSlice * kTileGroups);
     carver.take(exact_pairs, kSlice * kTileGroups * 16);
@@ -132,7 +131,7 @@ struct Scratch {
     carver.take(values, kBlock * kTileGroups);
     carver.take(key_quads, expanded * 2 * vs::whole_tiles(dim / 2));
     carver.take(value_quads, vs::kMatrices ? value_blocks(layer) * kTileFours : vs::kQuadsAtOnce * kTileGroups);
-    carver.take(some_quads, vs::kMatrices ? padded(dim) / 2 : 0);
+    carver.take(some_quads, vs::kMatrices ? std::max<int64_t>(padded(dim) / 2, 2 * vs::kMatrixRows) : 0);
     carver.take(paged_quads, (vs::kMatrices ? vs::kFusedRows : kSlice) * kTileGroups);
     carver.take(paged_bytes, vs::kMatrices ? kSlice * kTile : 0);
     carver.take(counts, vs::kMatrices ? 4 * vs::kMatrixRows : 0);
@@ -330,7 +329,8 @@ struct Tile {
     groups = static_cast<int>((std::clamp<int64_t>(w.last_query + 1 - start, 0, kTile) + vs::kGroup - 1) / vs::kGroup);
   }
 
-  // Moves to a tile, of which the item's last slice sees most. Tiles of an item come one after the other: a place is looked up once, when it is fetched.
+  // Moves to a tile, of which the item's last slice sees most. Tiles of an item come one after the other: a place is looked up
+  // once, when it is fetched.
   void move(const Work& w, int64_t index, bool following) {
     start = index * kTile;
     keys_ready = values_ready = 0;

@@ -98,6 +98,7 @@ inline void expand_values(const Work& w, const Tile& tile, int g) {
 // have weights of 0, and may be anything.
 inline void matrix_quads(const Work& w, Tile& tile, State& state) {
   constexpr int kBlocks = 2 * vs::kMatrixRows;  // channels
+  static_assert(!vs::kMatrices || kSlice <= 2 * vs::kMatrixRows, "a slice's rows are two tiles at most");
   for (int g = 0; g < tile.groups; g++) {
     if (!tile.any_paged[g] || tile.values_ready >> g & 1) continue;
     expand_values(w, tile, g);
@@ -108,16 +109,13 @@ inline void matrix_quads(const Work& w, Tile& tile, State& state) {
   Quad* counts = w.scratch.counts;
   for (int64_t first = 0; first < width; first += kBlocks) {
     const Quad* values = w.scratch.value_quads + first / vs::kMatrixRows * kTileFours;
-    for (int64_t start = 0; start < w.rows; start += 2 * vs::kMatrixRows) {
-      const int64_t rows = std::min<int64_t>(2 * vs::kMatrixRows, w.rows - start);
-      Matrices::outputs(w.scratch.paged_bytes + start * kTile, kTile, values, kTileFours, fours, rows > vs::kMatrixRows, counts);
-      for (int64_t c = first; c < std::min<int64_t>(first + kBlocks, width); c += vs::kMatrixRows) {
-        const Quad* sums = counts + (c - first) / vs::kMatrixRows * 2 * vs::kMatrixRows;
-        const v16f step = load(steps + c);
-        for (int64_t r = 0; r < rows; r++) {
-          float* out = state.quads(start + r) + c;
-          store(out, Quads::numbers(sums[r]) * (step * w.scratch.weight_step[start + r]) + load(out));
-        }
+    Matrices::outputs(w.scratch.paged_bytes, kTile, values, kTileFours, fours, w.rows > vs::kMatrixRows, counts);
+    for (int64_t c = first; c < std::min<int64_t>(first + kBlocks, width); c += vs::kMatrixRows) {
+      const Quad* sums = counts + (c - first) / vs::kMatrixRows * 2 * vs::kMatrixRows;
+      const v16f step = load(steps + c);
+      for (int64_t r = 0; r < w.rows; r++) {
+        float* out = state.quads(r) + c;
+        store(out, Quads::numbers(sums[r]) * (step * w.scratch.weight_step[r]) + load(out));
       }
     }
   }

@@ -1,19 +1,23 @@
 """What watching itself costs a server: output tokens per second with it and without, in slices of a second.
 
 Without it is vLLM's own server with the plugin, sampling off: no monitor, no canary, no metrics of ours, no middleware,
-vLLM's scheduler. Both servers are under the same load all the time; they run in turn, the other one stopped (SIGSTOP), for
-slices so short that what else happens on the machine happens to both. All tokens of one side are compared with all of the
-other, once by the wall's clock and once by the processors' time that the server's processes took: what a neighbour on the
-machine does to the first, it hardly does to the second. A step that a slice's end cuts through is counted in the next
-slice of its side; so the interval is a bootstrap over runs of ten pairs, which share such a step at most at their ends.
+vLLM's scheduler. Two servers that are alike are not equally fast, by where their memory and threads happen to lie; so there
+are several of each side, and what alike ones differ by is told beside what the sides differ by.
+
+All servers are under the same load all the time; they run in turn, the others stopped (SIGSTOP), for slices so short that
+what else happens on the machine happens to all. All tokens of one side are compared with all of the other, once by the
+wall's clock and once by the processors' time that the servers' processes took: what a neighbour on the machine does to the
+first, it hardly does to the second. A step that a slice's end cuts through is counted in the next slice of its server; so
+the interval is a bootstrap over runs of ten rounds, which share such a step at most at their ends.
 
 Clients ask for long answers and begin at different places of theirs, because slices with and without a prefill cannot be
 compared (prompts of 400 tokens and answers of 100, in step: 0.977, from 0.87 to 1.09, in 320 pairs).
 
-The defaults are measured: one step in 200, workers asked every two seconds, a canary a minute. A server that is stopped half
-of the time has two minutes for a minute of its own, so that the pause between canaries is doubled.
+The defaults are measured: one step in 200, workers asked every two seconds, which is once per slice, a canary a minute. A
+server that runs a fourth of the time has four minutes for a minute of its own, so that the pause between canaries is four
+times as long.
 
-    python -m benchmarks.overhead balanced.spectral --seconds 1 --rounds 600
+    python -m benchmarks.overhead balanced.spectral --rounds 120
 """
 
 from __future__ import annotations
@@ -44,10 +48,10 @@ FLAGS = ("--max-model-len", "2048", "--kv-cache-memory-bytes", "256M")
 PROMPT_CHARACTERS, ANSWER_TOKENS = 100, 1900
 WARM_UP_SECONDS = 20
 REDRAWS = 2000
-BLOCK = 10  # pairs of slices drawn together
+BLOCK = 10  # rounds drawn together
 
 Slices = dict[str, list[float]]
-"""Of each side, one figure per slice."""
+"""Of each server, one figure per slice."""
 
 
 def get(server: ServerProcess, path: str) -> Any:
@@ -104,7 +108,7 @@ def processor_seconds(server: ServerProcess) -> float:
 
 
 def measure(servers: dict[str, ServerProcess], arguments: argparse.Namespace) -> dict[str, Slices]:
-    """Tokens, seconds and processor seconds of every slice of both sides."""
+    """Tokens, seconds and processor seconds of every slice of all servers."""
     loads = {name: Load(server, arguments.clients) for name, server in servers.items()}
     slices: dict[str, Slices] = {
         figure: {name: [] for name in servers} for figure in ("tokens", "seconds", "processor_seconds")
@@ -116,8 +120,9 @@ def measure(servers: dict[str, ServerProcess], arguments: argparse.Namespace) ->
             for server in servers.values():
                 with awake(server):
                     time.sleep(WARM_UP_SECONDS)
-            for turn in track(range(arguments.rounds), "rounds", transient=True):
-                for name in ("on", "off") if turn % 2 else ("off", "on"):
+            draw = random.Random(0)
+            for _ in track(range(arguments.rounds), "rounds", transient=True):
+                for name in draw.sample(sorted(servers), len(servers)):
                     before, busy, start = loads[name].tokens, processor_seconds(servers[name]), time.perf_counter()
                     with awake(servers[name]):
                         time.sleep(arguments.seconds)
@@ -132,16 +137,16 @@ def measure(servers: dict[str, ServerProcess], arguments: argparse.Namespace) ->
     return slices
 
 
-def interval(tokens: Slices, seconds: Slices) -> tuple[float, float, float]:
-    """Tokens per second with it over those without, and the 2.5th and 97.5th of a hundred of its redrawn values."""
-    rounds = len(tokens["on"])
+def interval(tokens: Slices, seconds: Slices, some: Sequence[str], others: Sequence[str]) -> tuple[float, float, float]:
+    """Tokens per second of some servers over those of others, and the 2.5th and 97.5th of a hundred of its redrawn values."""
+    rounds = len(tokens[some[0]])
 
     def ratio(starts: Sequence[int]) -> float:
-        def total(figures: list[float]) -> float:
-            return sum(sum(figures[start : start + BLOCK]) for start in starts)
+        def total(figures: Slices, names: Sequence[str]) -> float:
+            return sum(sum(figures[name][start : start + BLOCK]) for name in names for start in starts)
 
-        on, off = (total(tokens[name]) / total(seconds[name]) for name in ("on", "off"))
-        return on / off
+        first, second = (total(tokens, names) / total(seconds, names) for names in (some, others))
+        return first / second
 
     starts, generator = range(0, rounds, BLOCK), random.Random(0)
     redrawn = sorted(ratio(generator.choices(starts, k=len(starts))) for _ in range(REDRAWS))
@@ -151,29 +156,40 @@ def interval(tokens: Slices, seconds: Slices) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile")
-    parser.add_argument("--rounds", type=int, default=600)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a slice")
+    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a slice")
+    parser.add_argument("--servers", type=int, default=2, help="of each side")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    on = command("serve", "demo", "--profile", arguments.profile, *FLAGS, "--canary-seconds", "120")
+    pause = str(60 * 2 * arguments.servers)
+    on = command("serve", "demo", "--profile", arguments.profile, *FLAGS, "--canary-seconds", pause)
     config = {CONFIG_KEY: {"profile": str(Path(arguments.profile).absolute()), "fidelity_every": 0}}
     off = [*stock_server(), "--additional-config", json.dumps(config), *FLAGS]
+    sides = {side: [f"{side} {number}" for number in range(1, arguments.servers + 1)] for side in ("with", "without")}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         servers = {
-            name: stack.enter_context(running(argv, Path(folder) / name))
-            for name, argv in {"on": on, "off": off}.items()
+            name: stack.enter_context(running(on if side == "with" else off, Path(folder) / name))
+            for side, names in sides.items()
+            for name in names
         }
-        assert get(servers["on"], "/ready")["ready"]
-        before = get(servers["on"], "/v1/kv_cache/fidelity")
+        watched = [servers[name] for name in sides["with"]]
+        assert all(get(server, "/ready")["ready"] for server in watched)
+        before = [get(server, "/v1/kv_cache/fidelity")["canary"]["runs"] for server in watched]
         slices = measure(servers, arguments)
-        after = get(servers["on"], "/v1/kv_cache/fidelity")
-        assert get(servers["on"], "/ready")["ready"]
-    canaries = after["canary"]["runs"] - before["canary"]["runs"]
-    ratios = {kind: interval(slices["tokens"], slices[kind]) for kind in ("seconds", "processor_seconds")}
-    for kind, (ratio, low, high) in ratios.items():
-        print(f"tokens per {kind[:-1].replace('_', ' ')}, on / off: {ratio:.4f} ({low:.4f} to {high:.4f}, 95 %)")
-    print(f"{arguments.rounds} pairs of {arguments.seconds:g} s, {canaries} canaries")
+        after = [get(server, "/v1/kv_cache/fidelity")["canary"]["runs"] for server in watched]
+        assert all(get(server, "/ready")["ready"] for server in watched)
+    pairs = [("with over without", sides["with"], sides["without"])]
+    pairs += [(f"{name} over {names[0]}", [name], names[:1]) for names in sides.values() for name in names[1:]]
+    ratios = {
+        kind: {label: interval(slices["tokens"], slices[kind], some, others) for label, some, others in pairs}
+        for kind in ("seconds", "processor_seconds")
+    }
+    for kind, found in ratios.items():
+        for label, (ratio, low, high) in found.items():
+            print(f"tokens per {kind[:-1].replace('_', ' ')}, {label}: {ratio:.4f} ({low:.4f} to {high:.4f}, 95 %)")
+    canaries = [b - a for a, b in zip(before, after, strict=True)]
+    print(f"{arguments.rounds} rounds of {arguments.seconds:g} s for each server, canaries: {canaries}")
     save(arguments.json, {"ratios": ratios, "canaries": canaries, "slices": slices})
 
 

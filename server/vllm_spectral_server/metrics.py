@@ -178,7 +178,7 @@ METRICS = (
 
 
 class Exporter(Collector):
-    """Keeps the metrics equal to what a monitor knows: at every scrape, and at every refresh for scrapes elsewhere.
+    """Keeps the metrics equal to what a monitor knows, at every scrape, here or elsewhere.
 
     Args:
         monitor: the monitor.
@@ -191,7 +191,7 @@ class Exporter(Collector):
         self._monitor, self._model_name = monitor, model_name
         self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
         self._lock = threading.Lock()
-        monitor.on_refresh = self.update
+        monitor.on_scrape = self.update
         # Registered before the instruments, hence asked before them. With several processes a scrape reads files of theirs
         # instead, and has to ask for an update first.
         REGISTRY.register(self)

@@ -26,6 +26,8 @@ from vllm_spectral_server.usage import held
 logger = init_logger("vllm.spectral.monitor")
 
 POLL_SECONDS = 2.0
+IDLE_SECONDS = 60.0
+"""Between two questions while nothing runs. A worker that has answered spins for a second, in wait for more."""
 HISTORY = 3000
 """Probes shown: with 30 layers and a canary a minute, an hour and a half without traffic."""
 LEAST_PROBES = 3
@@ -98,7 +100,7 @@ def join_probes(ranks: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any
 
 
 class Monitor:
-    """Asks the workers every other second, runs the canary, and keeps what they say.
+    """Asks the workers every other second while they work, runs the canary, and keeps what they say.
 
     Args:
         engine: vLLM's engine.
@@ -110,7 +112,7 @@ class Monitor:
 
     Attributes:
         memory, layers, history, alarms, canary: what is known now.
-        on_refresh: told when the workers have answered.
+        on_scrape: told when another process is asked for metrics.
         every, sampled_steps, sampling_seconds: of the sampling; steps of every engine, seconds of every rank.
     """
 
@@ -128,7 +130,7 @@ class Monitor:
         self.layers: list[LayerState] = []
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self.alarms: list[Alarm] = []
-        self.on_refresh: Callable[[], None] = lambda: None
+        self.on_scrape: Callable[[], None] = lambda: None
         self.every = self.sampled_steps = 0
         self.failures: list[str] = []
         self.sampling_seconds = 0.0
@@ -199,13 +201,15 @@ class Monitor:
     async def refresh(self) -> None:
         """Ask the workers now."""
         async with self._lock:
-            self._workers = [[WorkerMemory.from_wire(w) for w in ranks] for ranks in await self.ask("spectral_memory")]
+            answers: list[list[dict[str, Any]]] = await self.ask("spectral_state")
+            self._workers = [[WorkerMemory.from_wire(rank["memory"]) for rank in ranks] for ranks in answers]
             if self.profile is not None:
-                await self._refresh_fidelity()
-            self.on_refresh()
+                # The ranks of an engine have equal directories.
+                totals = [ranks[0]["exact"] for ranks in answers]
+                self.exact_counters = {name: sum(c[name] for c in totals) for name in totals[0]} if all(totals) else {}
+                self._take_fidelity([[rank["fidelity"] for rank in ranks] for ranks in answers])
 
-    async def _refresh_fidelity(self) -> None:
-        engines: list[list[dict[str, Any]]] = await self.ask("spectral_fidelity")
+    def _take_fidelity(self, engines: list[list[dict[str, Any]]]) -> None:
         if not all(all(ranks) for ranks in engines):
             return  # every layer is exempt
         reports = [report for ranks in engines for report in ranks]
@@ -229,15 +233,11 @@ class Monitor:
                         for name in ("error_ratio", "drift", "kernel_error")
                     }
                 )
-        # The ranks of an engine have equal directories.
-        totals = [ranks[0] for ranks in await self.ask("spectral_exact_counters")]
-        self.exact_counters = {name: sum(c[name] for c in totals) for name in totals[0]} if all(totals) else {}
         self._judge()
 
     async def _look(self) -> dict[int, LayerCheck]:
-        async with self._lock:
-            await self._refresh_fidelity()
-            found, self._canary_layers = self._canary_layers, {}
+        await self.refresh()
+        found, self._canary_layers = self._canary_layers, {}
         return found
 
     def _judge(self) -> None:
@@ -330,8 +330,12 @@ class Monitor:
                     await task
 
     async def _poll(self) -> None:
+        steps, asked = -1, 0.0
         while not self.engine.errored:
             await asyncio.sleep(POLL_SECONDS)
+            if self.view.steps == steps and time.monotonic() < asked + IDLE_SECONDS:
+                continue
+            steps, asked = self.view.steps, time.monotonic()
             try:
                 await self.refresh()
             except Exception:

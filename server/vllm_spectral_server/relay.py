@@ -59,7 +59,7 @@ async def answering(monitor: Monitor, socket: Path) -> AsyncIterator[None]:
 
     @app.get(UPDATE, status_code=204)
     async def update() -> None:
-        monitor.on_refresh()
+        monitor.on_scrape()
 
     config = uvicorn.Config(app, uds=str(socket), lifespan="off", access_log=False, log_config=None)
     server = NoSignalServer(config)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any
 
 import pytest
-from vllm_spectral_server.monitor import LayerState, join_probes
+import vllm_spectral_server.monitor as monitoring
+from vllm_spectral_server.canary import Limits
+from vllm_spectral_server.monitor import LayerState, Monitor, join_probes
+from vllm_spectral_server.scheduler_view import EngineView, SchedulerView
+
+from vllm_spectral.stats.memory import WorkerMemory
 
 FIGURES = {"output_error": 0.1, "attention_kl": 0.02, "fallback_share": 0.0, "clipped_share": 0.0}
 
@@ -58,3 +64,37 @@ def test_an_engine_without_traffic_says_nothing() -> None:
 
 def test_ranks_that_saw_different_steps_are_not_mixed() -> None:
     assert [p["error_ratio"] for p in join_probes([[probe(0, 1.0), probe(1, 1.0)], [probe(1, 3.0)]])] == [1.0, 1.0, 3.0]
+
+
+class _Workers:
+    """Stands for an engine whose workers keep nothing, and counts how often they are asked."""
+
+    def __init__(self) -> None:
+        self.engine_core, self.errored, self.stopping, self.asked = self, False, False, 0
+
+    async def call_utility_all_async(self, *_: Any) -> list[list[dict[str, Any]]]:
+        self.asked += 1
+        memory = WorkerMemory((), 0, 0, 0, 0, 0, 0, "", 0).to_wire()
+        return [[{"memory": memory, "fidelity": None, "exact": {}}]]
+
+
+def test_workers_are_left_alone_while_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks an idle worker has it spin for a second: every other second, that was half a core for nothing."""
+    monkeypatch.setattr(monitoring, "POLL_SECONDS", 0.01)
+    workers, view = _Workers(), SchedulerView(engines={0: EngineView()})
+    monitor = Monitor(workers, view, "demo", None, Limits(), 0)
+
+    async def polls(steps: int) -> int:
+        before = workers.asked
+        for _ in range(20):
+            view.steps += steps
+            await asyncio.sleep(0.02)
+        return workers.asked - before
+
+    async def watch() -> tuple[int, int, int]:
+        async with monitor.running():
+            return await polls(1), await polls(0), await polls(1)
+
+    busy, idle, again = asyncio.run(watch())
+    assert busy >= 5 and again >= 5
+    assert idle <= 1, "once more after the last step, and then no more"

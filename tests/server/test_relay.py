@@ -64,7 +64,7 @@ def test_every_path_of_the_watcher_is_known() -> None:
 def test_what_one_process_knows_all_answer(tmp_path: Path) -> None:
     async def check() -> None:
         monitor, scrapes = pretended_monitor(SchedulerView()), list[int]()
-        monitor.on_refresh = lambda: scrapes.append(1)
+        monitor.on_scrape = lambda: scrapes.append(1)
         async with answering(monitor, tmp_path / "watcher"), relaying(monitor.engine, tmp_path / "watcher") as relay:
             transport = ASGITransport(application(relay, scrapes))
             async with AsyncClient(transport=transport, base_url="http://any") as client:

@@ -21,7 +21,7 @@ from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.codec.rotation import second_moment, unrotate
 from vllm_spectral.exact.directory import StepPlan
 from vllm_spectral.kernels.interface import Bounds, LayerKernels, Requests
-from vllm_spectral.stats.drift import drift
+from vllm_spectral.stats.drift import Yardstick
 from vllm_spectral.stats.moments import LayerMoments
 from vllm_spectral.stats.probe import MOST_TOKENS, Probe, probe
 
@@ -171,6 +171,7 @@ class LayerObserver:
         self.layer = layer
         self.moments = LayerMoments(codec.layout.num_heads, codec.layout.head_dim)
         self._codec = codec
+        self._yardstick = Yardstick(codec)
         self._copies = copies
         self._kernels = kernels
         self._scale = scale
@@ -295,7 +296,7 @@ class LayerObserver:
     def report(self) -> dict[str, Any]:
         """Plain values; drift as of now."""
         if self._drift is None and self.moments.num_tokens:
-            found = drift(self._codec, self.moments)
+            found = self._yardstick.drift(self.moments)
             self._drift = (found.keys, found.values)
             if not all(map(math.isfinite, self._drift)):
                 # Told once; the sums would never be numbers again.

@@ -90,6 +90,14 @@ class WorkerExtension:
             self._spectral_resident_until = now + _RESIDENT_SECONDS
         return self._spectral_resident
 
+    def spectral_state(self) -> dict[str, Any]:
+        """All that a monitor wants to know, in one call: for every call the engine waits until its workers are at rest."""
+        return {
+            "memory": self.spectral_memory(),
+            "fidelity": self.spectral_fidelity(),
+            "exact": self.spectral_exact_counters(),
+        }
+
     def _spectral_observer(self) -> Observer | None:
         for impl in self._spectral_compressed():
             assert impl.seen is not None

@@ -29,23 +29,51 @@ class Drift:
 
 def drift(codec: LayerCodec, moments: LayerMoments) -> Drift:
     """The drift of a layer; ``moments`` must hold some tokens."""
-    return Drift(_of_moment(codec.keys, moments.keys), _of_moment(codec.values, moments.values))
+    return Yardstick(codec).drift(moments)
 
 
-def _of_moment(coding: VectorCoding, second_moment: Tensor) -> float:
-    return shortfall(coding, channel_energy(second_moment, coding.basis))
-
-
-def shortfall(coding: VectorCoding, energy: Tensor) -> float:
-    """What the profile has in its leading channels minus what is found there, as shares of all energy; mean over heads.
+class LeadingChannels:
+    """The channels that hold most of what a profile expects of the keys, or of the values, of one layer.
 
     Args:
         coding: of the keys or the values.
-        energy: ``[num_heads, head_dim]``, sums of squares found in the rotated channels.
     """
-    expected, found = coding.width.double().square(), energy.double()
-    order = expected.argsort(-1, descending=True)
-    expected, found = expected.gather(-1, order), found.gather(-1, order)
-    expected, found = (t / t.sum(-1, keepdim=True).clamp_min(1e-30) for t in (expected, found))
-    leading = expected.cumsum(-1) - expected < LEADING_ENERGY
-    return float((torch.where(leading, expected - found, 0.0)).sum(-1).mean())
+
+    def __init__(self, coding: VectorCoding) -> None:
+        expected = coding.width.double().square()
+        expected = expected / expected.sum(-1, keepdim=True).clamp_min(1e-30)
+        order = expected.argsort(-1, descending=True)
+        ranked = expected.gather(-1, order)
+        mask = (ranked.cumsum(-1) - ranked < LEADING_ENERGY).double()
+        self._leading = torch.zeros_like(mask).scatter(-1, order, mask)
+        self._expected = (expected * self._leading).sum(-1)
+
+    def shortfall(self, energy: Tensor) -> float:
+        """What the profile has in these channels minus what is found there, as shares of all energy; mean over heads.
+
+        Args:
+            energy: ``[num_heads, head_dim]``, sums of squares found in the rotated channels.
+        """
+        energy = energy.double()
+        found = (energy * self._leading).sum(-1) / energy.sum(-1).clamp_min(1e-30)
+        return float((self._expected - found).mean())
+
+
+class Yardstick:
+    """What moments of a layer are held against.
+
+    Args:
+        codec: the layer's.
+    """
+
+    def __init__(self, codec: LayerCodec) -> None:
+        self._codec = codec
+        self._keys, self._values = LeadingChannels(codec.keys), LeadingChannels(codec.values)
+
+    def drift(self, moments: LayerMoments) -> Drift:
+        """The drift of the layer; ``moments`` must hold some tokens."""
+        keys, values = self._codec.keys.basis, self._codec.values.basis
+        return Drift(
+            self._keys.shortfall(channel_energy(moments.keys, keys)),
+            self._values.shortfall(channel_energy(moments.values, values)),
+        )

@@ -50,11 +50,13 @@ class LayerMoments:
             positions: ``[num_tokens]`` int, position of each token in its request.
         """
         first = positions == 0
-        self.key_sink += key[first].double().sum(0)
-        self.value_sink += value[first].double().sum(0)
-        self.num_sinks += int(first.sum())
+        if bool(first.any()):
+            self.key_sink += key[first].double().sum(0)
+            self.value_sink += value[first].double().sum(0)
+            self.num_sinks += int(first.sum())
         keep = positions >= SINK_TOKENS
-        key, value, query = key[keep], value[keep], query[keep]
+        if not bool(keep.all()):
+            key, value, query = key[keep], value[keep], query[keep]
         if not key.shape[0]:
             return
         heads = self.keys.shape[0]
@@ -98,6 +100,6 @@ class LayerMoments:
 
 
 def _outer_sum(vectors: Tensor) -> Tensor:
-    """``[N, H, D]`` to ``[H, D, D]``: the sum of outer products, in float32 within a step."""
+    """``[N, H, D]`` to ``[H, D, D]`` float32: the sum of outer products within a step."""
     rows = vectors.float().transpose(0, 1)
-    return (rows.transpose(1, 2) @ rows).double()
+    return rows.transpose(1, 2) @ rows

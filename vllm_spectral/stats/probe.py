@@ -18,7 +18,7 @@ from vllm_spectral.codec.codebook import normal_distortion
 from vllm_spectral.codec.layout import FLAT_FLAG
 from vllm_spectral.codec.quantizer import LayerCodec, VectorCoding
 from vllm_spectral.codec.rotation import rotate, unrotate
-from vllm_spectral.stats.drift import shortfall
+from vllm_spectral.stats.drift import LeadingChannels
 from vllm_spectral.stats.moments import SINK_TOKENS
 
 MOST_TOKENS = 256
@@ -149,7 +149,7 @@ def _vectors(
         # Eight bits everywhere would predict next to nothing; below a thousandth arithmetic itself is seen.
         expected = expected_error(coding).clamp_min(1e-3)
         ratio = float((error / energy.sum(-1).clamp_min(1e-30) / expected).mean())
-        drift = shortfall(coding, energy)
+        drift = LeadingChannels(coding).shortfall(energy)
     bits = coding.spectral.bits
     scale = codec.scales[header & (FLAT_FLAG - 1)][..., None]
     whitened = (rotated / (coding.width * scale)).abs()

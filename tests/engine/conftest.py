@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -65,9 +66,48 @@ def texts(work: Path) -> dict[str, Path]:
     return write_texts("held-out", work)
 
 
+class Runner:
+    """``runner.py`` as a child process; asked for one engine after the other.
+
+    Args:
+        environment: variables added to ours.
+    """
+
+    def __init__(self, **environment: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("runner.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+            env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"} | environment,
+        )  # fmt: skip
+
+    def run(self, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """The answer to a request; see ``runner.py``. Its log is in the message if it fails."""
+        files = {name: folder / f"engine.{name}" for name in ("answer", "log", "pid")}
+        request |= {name: str(file) for name, file in files.items()}
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        timer = threading.Timer(START_SECONDS, self._give_up, [files["pid"]])
+        timer.start()
+        status = self._process.stdout.readline().strip()
+        timer.cancel()
+        self._give_up(files["pid"])
+        assert status == "0", files["log"].read_text()[-6000:]
+        answer: dict[str, Any] = json.loads(files["answer"].read_text())
+        return answer
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate()
+
+    def _give_up(self, pid: Path) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(pid.read_text()), signal.SIGKILL)
+
+
 @pytest.fixture(scope="session")
-def run_engine(demo: Path, work: Path) -> Callable[..., dict[str, Any]]:
+def run_engine(demo: Path, work: Path) -> Iterator[Callable[..., dict[str, Any]]]:
     """Run ``runner.py``; see there. In the dtype that the command would choose on this machine."""
+    shared: list[Runner] = []
 
     def run(
         rounds: list[list[Any]],
@@ -91,25 +131,19 @@ def run_engine(demo: Path, work: Path) -> Callable[..., dict[str, Any]]:
             products = BATCH_INVARIANT
         request = {
             "model": str(model or demo), "options": defaults | options, "rounds": rounds, "max_tokens": max_tokens,
+            "environment": products | (environment or {}),
         }  # fmt: skip
-        answer_file, log = work / "answer.json", work / "engine.log"
-        with answer_file.open("wb") as out, log.open("wb") as err:
-            process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("runner.py"))],
-                stdin=subprocess.PIPE, stdout=out, stderr=err, start_new_session=True,
-                env=os.environ | {"VLLM_LOGGING_LEVEL": "WARNING"} | products | (environment or {}),
-            )  # fmt: skip
-            try:
-                process.communicate(json.dumps(request).encode(), timeout=START_SECONDS)
-            finally:
-                # Workers of a tensor-parallel engine outlive a crashed parent.
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-        assert process.returncode == 0, log.read_text()[-6000:]
-        answer: dict[str, Any] = json.loads(answer_file.read_text())
-        return answer
+        if "TRITON_INTERPRET" in request["environment"]:
+            # Triton reads it when it is imported.
+            with contextlib.closing(Runner(**request["environment"])) as runner:
+                return runner.run(request, work)
+        if not shared:
+            shared.append(Runner())
+        return shared[0].run(request, work)
 
-    return run
+    yield run
+    for runner in shared:
+        runner.close()
 
 
 @dataclass

@@ -19,6 +19,8 @@ from vllm_spectral.evaluation.cases import Case
 from vllm_spectral.evaluation.results import Metrics
 from vllm_spectral.models.description import ModelDescription
 
+PRELOAD = "vllm_spectral.evaluation.preload"
+"""What the process has imported that all engines of a run are forked from."""
 _LOG_TAIL = 3000
 
 
@@ -90,7 +92,8 @@ class RemoteEngine:
 @contextmanager
 def engine(request: EngineRequest) -> Iterator[RemoteEngine]:
     """Start an engine, and kill it at the end."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([PRELOAD])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(request, theirs), daemon=True)
     process.start()

@@ -7,6 +7,9 @@ import os
 import signal
 import time
 from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
 
 
 def _engine(told: Connection) -> None:
@@ -17,15 +20,18 @@ def _engine(told: Connection) -> None:
     time.sleep(60)
 
 
-def _server(told: Connection) -> None:
-    multiprocessing.get_context("spawn").Process(target=_engine, args=(told,)).start()
+def _server(told: Connection, method: str) -> None:
+    context: Any = multiprocessing.get_context(method)
+    context.Process(target=_engine, args=(told,)).start()
     time.sleep(60)
 
 
-def test_an_engine_ends_when_its_server_is_killed() -> None:
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_an_engine_ends_when_its_server_is_killed(method: str) -> None:
+    """A server's engine is spawned by it, an evaluation's is forked by a third process."""
     context = multiprocessing.get_context("spawn")
     hear, told = context.Pipe(duplex=False)
-    server = context.Process(target=_server, args=(told,))
+    server = context.Process(target=_server, args=(told, method))
     server.start()
     assert hear.poll(60)
     engine = hear.recv()

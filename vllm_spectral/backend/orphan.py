@@ -1,4 +1,4 @@
-"""An engine without a server: it would hold its memory for nobody."""
+"""An engine whose server, or whose command, is gone: it would hold its memory for nobody."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         parent.join()
-        logger.error("the server has ended without a word: this process of it ends too")
+        logger.error("who started this process has ended without a word: it ends too")
         # Not gently: a gentle end would first answer requests that nobody waits for.
         os.kill(os.getpid(), signal.SIGKILL)
 

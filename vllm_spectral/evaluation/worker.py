@@ -109,10 +109,14 @@ def engine(request: EngineRequest) -> Iterator[RemoteEngine]:
 
 def _serve(request: EngineRequest, pipe: Connection) -> None:
     """The child: answer calls until killed."""
+    from vllm_spectral.backend.orphan import end_with_parent
+
     if request.log is not None:
         os.dup2(os.open(request.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     # Standard output belongs to the parent's result.
     os.dup2(2, 1)
+    # A command that is killed takes its engine with it, whatever that is doing.
+    end_with_parent()
     local: _LocalEngine | None = None
     while True:
         try:

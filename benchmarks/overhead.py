@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -101,18 +102,24 @@ class Load:
             turn, length = turn + 1, ANSWER_TOKENS
 
 
-def processor_seconds(server: ServerProcess) -> float:
-    """That the server's processes have taken so far, in user and kernel mode."""
+def processor_seconds(server: ServerProcess) -> Counter[str]:
+    """What the server's processes have taken so far, in user and kernel mode, by name; ``python`` serves HTTP."""
     parent = psutil.Process(server.process.pid)
-    return sum(sum(each.cpu_times()[:2]) for each in [parent, *parent.children(recursive=True)])
+    taken: Counter[str] = Counter()
+    for each in [parent, *parent.children(recursive=True)]:
+        taken[each.name()] += sum(each.cpu_times()[:2])
+    return taken
 
 
-def measure(servers: dict[str, ServerProcess], arguments: argparse.Namespace) -> dict[str, Slices]:
-    """Tokens, seconds and processor seconds of every slice of all servers."""
+def measure(
+    servers: dict[str, ServerProcess], arguments: argparse.Namespace
+) -> tuple[dict[str, Slices], dict[str, Counter[str]]]:
+    """Tokens, seconds and processor seconds of every slice of all servers; the latter summed, by process and server."""
     loads = {name: Load(server, arguments.clients) for name, server in servers.items()}
     slices: dict[str, Slices] = {
         figure: {name: [] for name in servers} for figure in ("tokens", "seconds", "processor_seconds")
     }
+    spent: dict[str, Counter[str]] = defaultdict(Counter)
     try:
         with asleep(servers.values()):
             for load in loads.values():
@@ -127,14 +134,17 @@ def measure(servers: dict[str, ServerProcess], arguments: argparse.Namespace) ->
                     with awake(servers[name]):
                         time.sleep(arguments.seconds)
                     slices["seconds"][name].append(time.perf_counter() - start)
-                    slices["processor_seconds"][name].append(processor_seconds(servers[name]) - busy)
+                    taken = processor_seconds(servers[name]) - busy
+                    slices["processor_seconds"][name].append(taken.total())
+                    for process in taken:
+                        spent[process][name] += taken[process]
                     # What the sockets still hold belongs to the slice that made it.
                     time.sleep(0.05)
                     slices["tokens"][name].append(loads[name].tokens - before)
     finally:
         for load in loads.values():
             load.finish()
-    return slices
+    return slices, dict(spent)
 
 
 def interval(tokens: Slices, seconds: Slices, some: Sequence[str], others: Sequence[str]) -> tuple[float, float, float]:
@@ -176,7 +186,7 @@ def main() -> None:
         watched = [servers[name] for name in sides["with"]]
         assert all(get(server, "/ready")["ready"] for server in watched)
         before = [get(server, "/v1/kv_cache/fidelity")["canary"]["runs"] for server in watched]
-        slices = measure(servers, arguments)
+        slices, spent = measure(servers, arguments)
         after = [get(server, "/v1/kv_cache/fidelity")["canary"]["runs"] for server in watched]
         assert all(get(server, "/ready")["ready"] for server in watched)
     pairs = [("with over without", sides["with"], sides["without"])]
@@ -188,9 +198,16 @@ def main() -> None:
     for kind, found in ratios.items():
         for label, (ratio, low, high) in found.items():
             print(f"tokens per {kind[:-1].replace('_', ' ')}, {label}: {ratio:.4f} ({low:.4f} to {high:.4f}, 95 %)")
+    tokens = {side: sum(sum(slices["tokens"][name]) for name in names) for side, names in sides.items()}
+    processes = {
+        process: {side: 1e6 * sum(taken[name] for name in names) / tokens[side] for side, names in sides.items()}
+        for process, taken in spent.items()
+    }
+    for process, found in processes.items():
+        print(f"{process}: " + ", ".join(f"{side} {value:.0f} us" for side, value in found.items()) + " a token")
     canaries = [b - a for a, b in zip(before, after, strict=True)]
     print(f"{arguments.rounds} rounds of {arguments.seconds:g} s for each server, canaries: {canaries}")
-    save(arguments.json, {"ratios": ratios, "canaries": canaries, "slices": slices})
+    save(arguments.json, {"ratios": ratios, "canaries": canaries, "processes": processes, "slices": slices})
 
 
 if __name__ == "__main__":

@@ -185,9 +185,9 @@ def main() -> None:
         }
         watched = [servers[name] for name in sides["with"]]
         assert all(get(server, "/ready")["ready"] for server in watched)
-        before = [get(server, "/v1/kv_cache/fidelity")["canary"]["runs"] for server in watched]
+        before = [get(server, "/v1/kv_cache/fidelity") for server in watched]
         slices, spent = measure(servers, arguments)
-        after = [get(server, "/v1/kv_cache/fidelity")["canary"]["runs"] for server in watched]
+        after = [get(server, "/v1/kv_cache/fidelity") for server in watched]
         assert all(get(server, "/ready")["ready"] for server in watched)
     pairs = [("with over without", sides["with"], sides["without"])]
     pairs += [(f"{name} over {names[0]}", [name], names[:1]) for names in sides.values() for name in names[1:]]
@@ -205,9 +205,22 @@ def main() -> None:
     }
     for process, found in processes.items():
         print(f"{process}: " + ", ".join(f"{side} {value:.0f} us" for side, value in found.items()) + " a token")
-    canaries = [b - a for a, b in zip(before, after, strict=True)]
+    canaries = [b["canary"]["runs"] - a["canary"]["runs"] for a, b in zip(before, after, strict=True)]
+    sampling = sum(b["sampling_seconds"] - a["sampling_seconds"] for a, b in zip(before, after, strict=True))
+    # Warm-up is in what was sampled, too.
+    awake_seconds = sum(sum(slices["seconds"][name]) + WARM_UP_SECONDS for name in sides["with"])
+    print(f"sampling and the canary's probes: {sampling / awake_seconds:.2%} of the time")
     print(f"{arguments.rounds} rounds of {arguments.seconds:g} s for each server, canaries: {canaries}")
-    save(arguments.json, {"ratios": ratios, "canaries": canaries, "processes": processes, "slices": slices})
+    save(
+        arguments.json,
+        {
+            "ratios": ratios,
+            "canaries": canaries,
+            "sampling": sampling / awake_seconds,
+            "processes": processes,
+            "slices": slices,
+        },
+    )
 
 
 if __name__ == "__main__":

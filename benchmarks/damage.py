@@ -1,9 +1,10 @@
-"""What the probes say of sound and of damaged profiles: where the limits of alarms belong.
+"""What the canary says of sound and of damaged profiles: are its limits between them?
 
 Every layer of a profile is damaged in the same way, and the model answers exactly meanwhile, so that each layer is probed on
-sound activations as if it were the only one. Text is held out from calibration; 256 tokens a window.
+sound activations as if it were the only one; a sound profile is also probed as it is served. The figures of the canary's
+tokens are held against what the profile says of them.
 
-    python -m benchmarks.damage balanced.spectral quality.spectral --windows 4
+    python -m benchmarks.damage balanced.spectral quality.spectral
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm_spectral_server.canary import DRIFT_SLACK, RATIO_SLACK
 
-from benchmarks.texts import write as write_texts
 from vllm_spectral.cli.common import quiet_vllm
 from vllm_spectral.codec.codebook import Codebooks
 from vllm_spectral.config import SpectralConfig
@@ -27,8 +28,7 @@ from vllm_spectral.models.demo import demo_model
 from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.schema import Profile
 from vllm_spectral.profile.storage import load_profile, save_profile
-
-WINDOW = 256
+from vllm_spectral.stats.canary import MOST_TOKENS, TEXT
 
 
 def transposed(part: str) -> Callable[[Profile], Profile]:
@@ -68,55 +68,62 @@ DAMAGE: dict[str, Callable[[Profile], Profile]] = {
 }
 
 
-def probe(profile: str, texts: list[str], windows: int, answer: Any) -> None:
-    """In a process of its own: every probe of every layer and window."""
+def probe(profile: str, exactly: bool, answer: Any) -> None:
+    """In a process of its own: what is found in every layer."""
     quiet_vllm(False)
     from vllm_spectral.backend.engine import OfflineEngine
 
     engine = OfflineEngine(
         ModelDescription.from_directory(demo_model(progress=False)),
         SpectralConfig(Path(profile), fidelity_every=0),
-        max_model_len=WINDOW + 1, max_num_seqs=1, kv_cache_tokens=8192,
+        max_model_len=MOST_TOKENS + 1, max_num_seqs=1, kv_cache_tokens=8192,
     )  # fmt: skip
-    engine.rpc("spectral_answer_exactly", True)
-    found = []
-    for text in texts:
-        ids = engine.tokenize(text)
-        for index in range(windows):
-            start = index * (len(ids) - WINDOW) // max(windows - 1, 1)
-            engine.rpc("spectral_expect_canary", WINDOW)
-            engine.run([ids[start : start + WINDOW]])
-            (report,) = engine.rpc("spectral_fidelity")
-            found += report["history"]
-    answer.put(found)
+    ids = engine.tokenize(TEXT, special=True)[:MOST_TOKENS]
+    engine.rpc("spectral_answer_exactly", exactly)
+    engine.rpc("spectral_expect_canary", len(ids))
+    engine.run([ids])
+    (report,) = engine.rpc("spectral_fidelity")
+    answer.put(report["history"])
+
+
+def look(profile: Profile, exactly: bool) -> list[dict[str, Any]]:
+    """What is found in every layer of a profile."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "damaged.spectral"
+        save_profile(profile, path)
+        answer = context.Queue()
+        process = context.Process(target=probe, args=(str(path), exactly, answer), daemon=True)
+        process.start()
+        probes: list[dict[str, Any]] = answer.get()
+        process.kill()
+    return probes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profiles", nargs="+", type=Path)
-    parser.add_argument("--windows", type=int, default=4, help="of prose, and as many of code (4)")
     arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    print("| profile | damage | error ratio | drift | fallback share | output error |\n|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        texts = [path.read_text() for path in write_texts("held-out", Path(folder)).values()]
-        for path in arguments.profiles:
-            for name, damage in DAMAGE.items():
-                damaged = Path(folder) / "damaged.spectral"
-                save_profile(damage(load_profile(path)), damaged)
-                answer = context.Queue()
-                process = context.Process(
-                    target=probe, args=(str(damaged), texts, arguments.windows, answer), daemon=True
-                )
-                process.start()
-                probes = answer.get()
-                process.kill()
-                cells = []
-                for figure in ("error_ratio", "drift", "fallback_share", "output_error"):
-                    values = torch.tensor([entry[figure] for entry in probes])
-                    cells.append(f"{values.min():.3f} to {values.max():.3f}")
-                print(f"| {path.stem} | {name} | {' | '.join(cells)} |")
-                sys.stdout.flush()
+    print("| profile | damage | error ratio over the expected | drift beside the expected | layers seen |")
+    print("|---|---|---|---|---|")
+    for path in arguments.profiles:
+        profile = load_profile(path)
+        if (expected := profile.expectation) is None:
+            parser.error(f"{path} says nothing of the canary")
+        cases = [("sound, as served", profile, False)]
+        cases += [(name, damage(profile), True) for name, damage in DAMAGE.items()]
+        for name, damaged, exactly in cases:
+            ratios, drifts = [], []
+            for found in look(damaged, exactly):
+                ratio, drift = expected.of_layer(found["layer"], 1)
+                ratios.append(found["error_ratio"] / ratio)
+                drifts.append(found["drift"] - drift)
+            seen = sum(r > RATIO_SLACK or d > DRIFT_SLACK for r, d in zip(ratios, drifts, strict=True))
+            print(
+                f"| {path.stem} | {name} | {min(ratios):.3f} to {max(ratios):.3f} | {min(drifts):.4f} to {max(drifts):.4f} | "
+                f"{seen} of {len(ratios)} |"
+            )
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -12,34 +12,23 @@ import itertools
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vllm_spectral.backend.scheduler import CANARY_PREFIX
+from vllm_spectral.profile.schema import Profile
+from vllm_spectral.stats.canary import MOST_TOKENS, TEXT, tokens_digest
 
 Predictions = Sequence[Mapping[int, float]]
 """Per position, log-probabilities of the most likely next tokens, by token id."""
 
-TEXT = """\
-The lighthouse keeper wrote in his journal every evening, even when nothing had happened. On the ninth of March he noted \
-the wind (north-east, rising), the state of the lamp, and the names of two ships: Aurora and Saint Brendan. "The sea is \
-like glass," he wrote, "and the gulls will not fly." Three days later the storm came.
-
-def mean(values: list[float]) -> float:
-    \"\"\"Arithmetic mean; raises ValueError for an empty list.\"\"\"
-    if not values:
-        raise ValueError("mean() of an empty list")
-    return sum(values) / len(values)
-
-Question: A train leaves at 14:05 and arrives at 16:50. How long is the journey?
-Answer: From 14:05 to 16:05 are two hours, and from 16:05 to 16:50 are 45 minutes, so the journey takes 2 hours and 45 \
-minutes. The lighthouse keeper wrote in his journal every evening, even when nothing had happened. On the ninth of March he \
-noted the wind (north-east, rising), the state of the lamp, and the names of two ships: Aurora and Saint Brendan.
-"""
-MOST_TOKENS = 160
 TOP_TOKENS = 20
 SHARE = 0.005
 PAUSE_SECONDS = 60.0
+RATIO_SLACK, DRIFT_SLACK = 1.08, 0.015
+"""How far a layer's figures may be from what its profile says of the canary: times the error ratio, and beside the drift. A
+server's own keys and values differ a little, since it reads compressed ones on the way, and arithmetic differs by machine:
+sound ones stayed within 1.02 and 0.002, a damaged layer began at 1.1 and 0.04 (``docs/metrics.md``)."""
 FIRST_JUDGED = 32
 """Positions before this one read hardly anything from pages."""
 
@@ -69,7 +58,9 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class Limits:
-    """Past these a figure raises an alarm, and fails the canary on its own tokens.
+    """Past these a figure raises an alarm.
+
+    The canary's own tokens are held against what the profile says of them, if it does; see :meth:`Canary.limits_of`.
 
     Attributes:
         error_ratio: squared error of a layer's keys or values over what the profile predicts. Sound profiles stayed below
@@ -126,6 +117,7 @@ class Canary:
         answered: when it last was, on the clock that never jumps.
         limits: what passes. The layers' figures see what the predictions hide: a layer of a large model may be noise and the
             answer still look right.
+        profile: the active profile.
         layers: what was last found in each layer. A run whose prompt was cut into several steps finds nothing, and what was
             found before stands.
     """
@@ -135,6 +127,7 @@ class Canary:
     ask: Any
     every_seconds: float | None
     limits: Limits
+    profile: Profile | None = None
     state: Literal["off", "pending", "passed", "failed"] = "pending"
     message: str = "not run yet"
     time: float | None = None
@@ -147,6 +140,34 @@ class Canary:
     _tokens: list[int] = field(default_factory=list)
     _exact: list[Predictions] = field(default_factory=list)
     _number: Any = field(default_factory=itertools.count)
+    _ranks: int = 1
+
+    def limits_of(self, layer: int) -> Limits:
+        """What passes of a layer, on the canary's own tokens.
+
+        Where the profile was made it was found out what it makes of them; a server that finds something else has another
+        profile, another model, or broken kernels. Without, limits that sound profiles of broad text keep.
+        """
+        expected = self.profile.expectation if self.profile else None
+        if expected is None or expected.tokens != tokens_digest(self._tokens):
+            return self.limits
+        ratio, drift = expected.of_layer(layer, self._ranks)
+        return replace(self.limits, error_ratio=ratio * RATIO_SLACK, drift=drift + DRIFT_SLACK)
+
+    @property
+    def failing(self) -> dict[int, LayerCheck]:
+        """The layers that do not pass."""
+        return {layer: check for layer, check in self.layers.items() if not self.limits_of(layer).passes(check)}
+
+    @property
+    def worst_layer(self) -> int | None:
+        """The layer whose error ratio is the largest part of its limit; None if none was looked at."""
+
+        def used(layer: int) -> float:
+            part = self.layers[layer].error_ratio / self.limits_of(layer).error_ratio
+            return math.inf if math.isnan(part) else part
+
+        return max(self.layers, key=used, default=None)
 
     @property
     def pause(self) -> float:
@@ -174,6 +195,7 @@ class Canary:
             self._exact = [await self._answer(index) for index in range(self.num_engines)]
         finally:
             answered = await self.ask("spectral_answer_exactly", False)
+        self._ranks = len(answered[0])
         if not all(all(ranks) for ranks in answered):
             # What was recorded is not exact, and must never be compared with.
             self._exact = []
@@ -214,17 +236,16 @@ class Canary:
             off = [str(rank) for rank, one in enumerate(verdicts) if not one.kl <= limits.kl]
             whose = f" of data-parallel rank{'s' * (len(off) > 1)} {', '.join(off)}" if self.num_engines > 1 else ""
             yield f"predictions{whose} are {verdict.kl:.3f} nats from the exact cache's, the limit is {limits.kl:g}"
-        bad = sorted(layer for layer, check in self.layers.items() if not limits.passes(check))
+        bad = self.failing
         if bad:
-            ratio, drift, kernel = (
-                worst(getattr(self.layers[layer], name) for layer in bad)
-                for name in ("error_ratio", "drift", "kernel_error")
-            )
+            first = next(iter(sorted(bad)))
+            check, most = bad[first], self.limits_of(first)
             yield (
-                f"layer{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}: keys or values are stored with up to {ratio:.1f} "
-                f"times the error that the profile predicts (limit {limits.error_ratio:g}), have up to {drift:.0%} of their "
-                f"energy where the profile has none (limit {limits.drift:.0%}), and the kernels' attention is up to "
-                f"{kernel:.1%} off (limit {limits.kernel_error:.0%})"
+                f"layer{'s' * (len(bad) > 1)} {', '.join(map(str, sorted(bad)))}: in layer {first} keys or values are stored "
+                f"with {check.error_ratio:.2f} times the error that the profile's spectra predict (limit "
+                f"{most.error_ratio:.2f}), have {check.drift:.1%} of their energy where the profile has less (limit "
+                f"{most.drift:.1%}), and the kernels' attention is {check.kernel_error:.1%} off (limit "
+                f"{most.kernel_error:.0%})"
             )
 
     async def _answer(self, engine_index: int) -> Predictions:

@@ -99,6 +99,30 @@ def join_probes(ranks: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any
     ]
 
 
+def _layer_alarms(
+    layer: int, ratio: float | None, drift: float | None, kernel: float | None, where: str, limits: Limits
+) -> Iterator[Alarm]:
+    """What is past its limit in a layer. Limits of the canary's tokens are the profile's own."""
+    # Not a number compares as false both ways, and must not pass.
+    if ratio is not None and not ratio <= limits.error_ratio:
+        yield Alarm(
+            kind="error", layer=layer, value=ratio, limit=limits.error_ratio,
+            message=f"layer {layer}: keys or values of {where} are stored with {ratio:.1f} times the error that the "
+            "profile predicts",
+        )  # fmt: skip
+    if kernel is not None and not kernel <= limits.kernel_error:
+        yield Alarm(
+            kind="error", layer=layer, value=kernel, limit=limits.kernel_error,
+            message=f"layer {layer}: the kernels' attention to {where} is {kernel:.1%} off the reference's",
+        )  # fmt: skip
+    if drift is not None and not drift <= limits.drift:
+        yield Alarm(
+            kind="drift", layer=layer, value=drift, limit=limits.drift,
+            message=f"layer {layer}: {drift:.0%} of the energy of {where} lies outside the channels that the profile was "
+            "made for; if it is the traffic, vllm-spectral calibrate --from-traffic makes a profile for it",
+        )  # fmt: skip
+
+
 class Monitor:
     """Asks the workers every other second while they work, runs the canary, and keeps what they say.
 
@@ -126,7 +150,7 @@ class Monitor:
         canary_seconds: float | None,
     ) -> None:
         self.engine, self.view, self.model, self.profile, self.limits = engine, view, model, profile, limits
-        self.canary = Canary(engine, len(view.engines), self.ask, canary_seconds, limits)
+        self.canary = Canary(engine, len(view.engines), self.ask, canary_seconds, limits, profile)
         self.layers: list[LayerState] = []
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self.alarms: list[Alarm] = []
@@ -251,52 +275,31 @@ class Monitor:
     def _canary_alarms(self) -> Iterator[Alarm]:
         if self.canary.state != "failed":
             return
-        bad = {layer: check for layer, check in self.canary.layers.items() if not self.limits.passes(check)}
+        bad = self.canary.failing
         first = max(bad, key=lambda layer: bad[layer].error_ratio, default=None)
         value, limit = self.canary.verdict.kl if self.canary.verdict else 0.0, self.limits.kl
         if value <= limit and first is not None:
-            value, limit = bad[first].error_ratio, self.limits.error_ratio
+            value, limit = bad[first].error_ratio, self.canary.limits_of(first).error_ratio
         yield Alarm(kind="canary", layer=first, value=value, limit=limit, message=self.canary.message)
         for layer, check in sorted(bad.items()):
-            yield from self._layer_alarms(
-                layer, check.error_ratio, check.drift, check.kernel_error, "the canary's tokens"
-            )
+            yield from _layer_alarms(
+                layer, check.error_ratio, check.drift, check.kernel_error, "the canary's tokens",
+                self.canary.limits_of(layer),
+            )  # fmt: skip
 
     def _live_alarms(self) -> Iterator[Alarm]:
         for state in self.layers:
             enough = state.samples >= LEAST_PROBES
-            yield from self._layer_alarms(
+            yield from _layer_alarms(
                 state.layer,
                 state.error_ratio if enough else None,
                 state.drift if state.moment_tokens >= LEAST_TOKENS else None,
                 state.kernel_error if enough else None,
                 "live traffic",
+                self.limits,
             )
         for failure in self.failures:
             yield Alarm(kind="error", layer=None, value=1.0, limit=0.0, message=failure)
-
-    def _layer_alarms(
-        self, layer: int, ratio: float | None, drift: float | None, kernel: float | None, where: str
-    ) -> Iterator[Alarm]:
-        limits = self.limits
-        # Not a number compares as false both ways, and must not pass.
-        if ratio is not None and not ratio <= limits.error_ratio:
-            yield Alarm(
-                kind="error", layer=layer, value=ratio, limit=limits.error_ratio,
-                message=f"layer {layer}: keys or values of {where} are stored with {ratio:.1f} times the error that the "
-                "profile predicts",
-            )  # fmt: skip
-        if kernel is not None and not kernel <= limits.kernel_error:
-            yield Alarm(
-                kind="error", layer=layer, value=kernel, limit=limits.kernel_error,
-                message=f"layer {layer}: the kernels' attention to {where} is {kernel:.1%} off the reference's",
-            )  # fmt: skip
-        if drift is not None and not drift <= limits.drift:
-            yield Alarm(
-                kind="drift", layer=layer, value=drift, limit=limits.drift,
-                message=f"layer {layer}: {drift:.0%} of the energy of {where} lies outside the channels that the profile was "
-                "made for; if it is the traffic, vllm-spectral calibrate --from-traffic makes a profile for it",
-            )  # fmt: skip
 
     async def live_moments(self) -> dict[str, torch.Tensor]:
         """Moments gathered from traffic: engines added up, ranks' heads joined; by ``layer.name``."""

@@ -135,13 +135,15 @@ class CanaryState(BaseModel):
     kl: float | None = Field(description="KL of the next-token distributions, nats per token, mean over the prompt")
     kl_limit: float
     top1_agreement: float | None = Field(description="share of positions with the same most likely token")
-    worst_layer: int | None = Field(description="the layer with the largest error ratio on the canary's own tokens")
-    worst_error_ratio: float | None
-    worst_drift: float | None = Field(
-        description="the largest share of a layer's energy outside its profile's channels"
+    worst_layer: int | None = Field(
+        description="the layer whose error ratio on the canary's tokens is nearest to its limit"
     )
-    error_ratio_limit: float
-    drift_limit: float
+    worst_error_ratio: float | None = Field(description="of that layer")
+    worst_drift: float | None = Field(description="of that layer: share of its energy outside its profile's channels")
+    error_ratio_limit: float = Field(
+        description="of that layer: its profile says what to expect of the canary's tokens"
+    )
+    drift_limit: float = Field(description="of that layer")
     message: str
 
 

@@ -18,7 +18,7 @@ from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
 from vllm_spectral.codec.layout import slot_bytes_for
 from vllm_spectral.models.description import ModelFingerprint
 from vllm_spectral.profile.container import METADATA_KEY
-from vllm_spectral.profile.schema import Profile, Provenance
+from vllm_spectral.profile.schema import FIGURES, Expectation, Profile, Provenance
 from vllm_spectral.profile.storage import _digest, save_profile
 from vllm_spectral.stats.moments import LayerMoments
 
@@ -38,6 +38,7 @@ def original() -> Profile:
         "small", ModelFingerprint("test", LAYERS, HEADS, DIM, "0" * 32), slot, Codebooks(normal_codebooks()),
         (spectral_layer(moments, slot), hadamard_layer(HEADS, DIM, slot, 0)),
         Provenance("spectral", 3.0, "none", 2000, 0, "2026-01-01T00:00:00+00:00", {"torch": "2"}),
+        Expectation("5e" * 32, torch.rand(LAYERS, HEADS, FIGURES, generator=generator)),
     )  # fmt: skip
 
 

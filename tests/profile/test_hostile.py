@@ -60,6 +60,7 @@ def test_a_forged_file_with_nothing_changed_loads(tmp_path: Path) -> None:
     ("name", "value", "complaint"),
     [
         ("codebooks", float("nan"), "codebooks has numbers that are not finite"),
+        ("canary", float("nan"), "what is expected of the canary has numbers that are not finite"),
         ("codebooks", 5.0, "0 bits have more levels than they can name"),
         ("layers.1.key_sink", float("inf"), "layer 1: key_sink has numbers that are not finite"),
         ("layers.0.value_spectrum", float("nan"), "not finite"),
@@ -101,6 +102,11 @@ def test_codes_that_do_not_fit_their_slot(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, -8, 12, 1 << 40, "24", 24.0, True, None, [24]])
 def test_slots_of_impossible_size(tmp_path: Path, size: Any) -> None:
     assert "slot" in refusal(with_header(slot_bytes=size), tmp_path)
+
+
+def test_figures_of_the_canary_without_its_tokens(tmp_path: Path) -> None:
+    assert "the tensor canary does not belong" in refusal(with_header(canary_tokens=None), tmp_path)
+    assert "canary_tokens" in refusal(with_header(canary_tokens="x"), tmp_path)
 
 
 @pytest.mark.parametrize("provenance", [[], "x", {"basis": "spectral"}, None])

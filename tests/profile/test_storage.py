@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.conftest import HEADS, LAYERS
 from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
 from vllm_spectral.errors import (
     ProfileDigestError,
@@ -21,7 +22,7 @@ from vllm_spectral.errors import (
     ProfileVersionError,
 )
 from vllm_spectral.profile.report import plot_profile, summarize
-from vllm_spectral.profile.schema import LayerProfile, Profile
+from vllm_spectral.profile.schema import FIGURES, Expectation, LayerProfile, Profile
 from vllm_spectral.profile.storage import load_profile, require_model, require_writable, save_profile
 
 
@@ -49,6 +50,28 @@ def test_round_trip(profile: Profile, saved: Path) -> None:
     for before, after in zip(profile.layers, loaded.layers, strict=True):
         for name, tensor in vars(before).items():
             assert torch.equal(tensor, getattr(after, name))
+
+
+def test_what_is_expected_of_the_canary_survives_its_file(profile: Profile, tmp_path: Path) -> None:
+    """And a profile without it, as earlier ones are, keeps its digest."""
+    figures = torch.rand(LAYERS, HEADS, FIGURES)
+    told = dataclasses.replace(profile, expectation=Expectation("5e" * 32, figures))
+    saved = save_profile(told, tmp_path / "told.spectral")
+    loaded = load_profile(tmp_path / "told.spectral").expectation
+    assert loaded is not None and loaded.tokens == "5e" * 32
+    assert torch.equal(loaded.figures, figures)
+    silent = save_profile(profile, tmp_path / "silent.spectral")
+    assert load_profile(tmp_path / "silent.spectral").expectation is None
+    assert silent.digest != saved.digest
+
+
+def test_ranks_find_what_is_expected_of_their_heads() -> None:
+    """Each rank says the larger of keys and values; the mean over ranks is not that of one rank with all heads."""
+    figures = torch.tensor([[[1.0, 1.4, 0.01, 0.03], [1.2, 1.0, 0.05, 0.02], [1.0, 1.0, 0.0, 0.0]]])
+    expected = Expectation("5e" * 32, figures)
+    assert expected.of_layer(0, 1) == pytest.approx((3.4 / 3, 0.06 / 3))
+    assert expected.of_layer(0, 3) == pytest.approx((3.6 / 3, 0.08 / 3))
+    assert expected.of_layer(0, 6) == expected.of_layer(0, 3), "replicas change nothing"
 
 
 def test_the_digest_ignores_the_date_and_nothing_else(profile: Profile, tmp_path: Path) -> None:

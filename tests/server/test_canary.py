@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm_spectral_server.canary import MOST_TOKENS, TOP_TOKENS, Canary, LayerCheck, Limits, compare, worst
+from vllm_spectral_server.canary import RATIO_SLACK, TOP_TOKENS, Canary, LayerCheck, Limits, compare, worst
+
+from vllm_spectral.profile.schema import Expectation
+from vllm_spectral.stats.canary import MOST_TOKENS, tokens_digest
 
 
 def top(logits: torch.Tensor, count: int = TOP_TOKENS) -> dict[int, float]:
@@ -85,9 +88,9 @@ class Engine:
 SOUND, DAMAGED = LayerCheck(1.0, 0.01, 0.002), LayerCheck(3.0, 0.3, 0.002)
 
 
-def sing(engine: Engine, *finds: dict[int, LayerCheck]) -> Canary:
+def sing(engine: Engine, *finds: dict[int, LayerCheck], profile: Any = None) -> Canary:
     """A canary recorded once and run once for each finding."""
-    canary = Canary(engine, 1, engine.ask, 60.0, Limits())
+    canary = Canary(engine, 1, engine.ask, 60.0, Limits(), profile)
 
     async def work() -> None:
         await canary.record()
@@ -109,6 +112,31 @@ def test_sound_layers_pass_and_damaged_ones_do_not() -> None:
     assert failed.state == "failed" and failed.message.startswith("layer 1:")
     assert sing(Engine(), {0: LayerCheck(math.nan, 0.0, 0.0)}).state == "failed"
     assert sing(Engine(), {0: LayerCheck(1.0, 0.0, 0.5)}).state == "failed", "kernels that do not do what they should"
+
+
+def expecting(ratio: float, drift: float, ids: Sequence[int]) -> Any:
+    """A profile that says this of its two layers, on those tokens."""
+    figures = torch.tensor([ratio, ratio - 0.1, drift, drift / 2]).expand(2, 3, 4)
+    return SimpleNamespace(expectation=Expectation(tokens_digest(ids), figures))
+
+
+def test_a_layer_is_held_against_what_its_profile_says_of_the_canary() -> None:
+    """A profile of one kind of text stores the canary badly, and nothing is wrong; of a good one even a little is."""
+    ids = range(MOST_TOKENS)
+    narrow, broad = expecting(2.1, 0.15, ids), expecting(1.05, 0.02, ids)
+    found = LayerCheck(2.12, 0.155, 0.002)
+    assert sing(Engine(), {0: found}).state == "failed"
+    assert sing(Engine(), {0: found}, profile=narrow).state == "passed"
+    assert sing(Engine(), {0: LayerCheck(2.4, 0.155, 0.002)}, profile=narrow).state == "failed"
+    # The values' basis transposed in the layer of the demo model where it matters least.
+    least = LayerCheck(1.24, 0.066, 0.002)
+    assert sing(Engine(), {1: least}).state == "passed"
+    failed = sing(Engine(), {0: SOUND, 1: least}, profile=broad)
+    assert failed.state == "failed" and failed.message.startswith("layer 1:")
+    assert failed.worst_layer == 1
+    assert failed.limits_of(1).error_ratio == pytest.approx(1.05 * RATIO_SLACK)
+    other = expecting(2.1, 0.15, range(7))
+    assert sing(Engine(), {0: found}, profile=other).state == "failed", "figures of other tokens say nothing"
 
 
 def test_a_run_that_could_not_look_does_not_heal() -> None:

@@ -92,6 +92,7 @@ def test_workers_are_left_alone_while_nothing_runs(monkeypatch: pytest.MonkeyPat
         return workers.asked - before
 
     async def watch() -> tuple[int, int, int]:
+        await monitor.start()
         async with monitor.running():
             return await polls(1), await polls(0), await polls(1)
 

@@ -87,9 +87,9 @@ class OfflineEngine:
             worker_extension_cls=EXTENSION,
         )
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of plain text, without special tokens."""
-        ids: list[int] = self._llm.get_tokenizer().encode(text, add_special_tokens=False)
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of plain text, with the special tokens of a prompt or without."""
+        ids: list[int] = self._llm.get_tokenizer().encode(text, add_special_tokens=special)
         return ids
 
     def chat_prompt(self, message: str) -> list[int]:

@@ -50,6 +50,15 @@ class WorkerExtension:
         """CALIBRATE: this rank's moments since they were last asked for, in the order of layers."""
         return [layer.impl.take() for _, layer in self._spectral_layers() if isinstance(layer.impl, CaptureImpl)]
 
+    def spectral_keep(self) -> None:
+        """CALIBRATE: keep the keys and values of the next request, a prompt of one step."""
+        for _, layer in self._spectral_layers():
+            layer.impl.keeping = True
+
+    def spectral_kept(self) -> list[tuple[Tensor, Tensor]]:
+        """CALIBRATE: exactly those, in the order of layers."""
+        return [layer.impl.take_kept() for _, layer in self._spectral_layers() if isinstance(layer.impl, CaptureImpl)]
+
     def _spectral_compressed(self) -> list[SpectralImpl]:
         impls = (layer.impl for _, layer in self._spectral_layers())
         return [impl for impl in impls if isinstance(impl, SpectralImpl) and impl.codec is not None]

@@ -24,9 +24,12 @@ from vllm_spectral.models.description import ModelDescription
 from vllm_spectral.profile.container import brief
 from vllm_spectral.profile.schema import BasisKind, LayerProfile, Profile, Provenance
 from vllm_spectral.progress import token_bar
+from vllm_spectral.stats.canary import MOST_TOKENS, TEXT, expect
 from vllm_spectral.stats.moments import LayerMoments
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vllm_spectral.backend.engine import OfflineEngine
 
 MIN_BITS = 1.5
@@ -156,12 +159,16 @@ def build(
                     f"this text is narrow: errors on other kinds of text (the built-in prompts) would be {excess:.1f} times "
                     "those on yours; add text of every kind that will be served, or leave --text out"
                 )
+    codebooks, expectation = Codebooks(normal_codebooks()), None
+    if measured is not None and measured.canary is not None:
+        expectation = expect(layers, slot_bytes, codebooks, *measured.canary)
     return Profile(
         name=request.name,
         fingerprint=fingerprint,
         slot_bytes=slot_bytes,
-        codebooks=Codebooks(normal_codebooks()),
+        codebooks=codebooks,
         layers=tuple(layers),
+        expectation=expectation,
         provenance=Provenance(
             basis=request.basis,
             requested_bits=request.bits,
@@ -181,10 +188,12 @@ class Measured:
     Attributes:
         moments: of every layer, over the text that the profile is for.
         broad: over the built-in prompts, if that text is the user's.
+        canary: the canary's tokens, and every layer's keys and values of them; None if no model ran.
     """
 
     moments: list[LayerMoments]
     broad: list[LayerMoments] | None
+    canary: tuple[list[int], list[tuple[Tensor, Tensor]]] | None = None
 
 
 def measure(request: CalibrationRequest, *, progress: bool = True) -> Measured:
@@ -211,6 +220,10 @@ def measure(request: CalibrationRequest, *, progress: bool = True) -> Measured:
         documents = _answers(engine, progress)
     windows = join(documents, window)
     starts = probes(documents)
+    canary = engine.tokenize(TEXT, special=True)[: min(MOST_TOKENS, window)]
+    engine.rpc("spectral_keep")
+    engine.run([canary])
+    (kept,) = engine.rpc("spectral_kept")
     with token_bar("measuring", sum(map(len, windows + starts)), progress) as advance:
         engine.rpc("spectral_capture", True)
         for ids in windows:
@@ -224,7 +237,7 @@ def measure(request: CalibrationRequest, *, progress: bool = True) -> Measured:
     (broad,) = engine.rpc("spectral_moments")
     if len(moments) != request.model.num_layers:
         raise SpectralError(f"the model has {request.model.num_layers} layers, but {len(moments)} were measured")
-    return Measured(list(moments), list(broad) if request.texts else None)
+    return Measured(list(moments), list(broad) if request.texts else None, (canary, list(kept)))
 
 
 def _answers(engine: OfflineEngine, progress: bool) -> list[list[int]]:

@@ -71,12 +71,13 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     watch.add_argument(
         "--error-limit", metavar="RATIO", type=number, default=1.5,
-        help="stored error of a layer over what the profile predicts: on the canary it fails /ready, on traffic it raises "
-        "an alarm (%(default)g)",
+        help="stored error of live traffic in a layer, over what the profile predicts, from which an alarm is raised "
+        "(%(default)g). For the canary a profile has figures of its own; one made without a model (instant, from traffic) "
+        "has none, and then /ready goes by this one",
     )  # fmt: skip
     watch.add_argument(
         "--drift-limit", metavar="SHARE", type=number, default=0.08,
-        help="share of the energy outside the profile's leading channels, likewise (%(default)g)",
+        help="share of live traffic's energy outside the profile's leading channels, likewise (%(default)g)",
     )  # fmt: skip
     access = parser.add_argument_group(
         "access", "what the server takes from strangers; see docs/security.md. Once there is an --api-key, it is asked for\n"

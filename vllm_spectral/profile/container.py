@@ -25,7 +25,7 @@ from vllm_spectral.codec.codebook import MAX_BITS
 from vllm_spectral.codec.layout import SLOT_ALIGNMENT, slot_bytes_for
 from vllm_spectral.errors import ProfileError, ProfileFormatError, ProfileNotFoundError, ProfileVersionError
 from vllm_spectral.models.support import SUPPORTED_HEAD_DIMS
-from vllm_spectral.profile.schema import CODEBOOKS, SCHEMA_VERSION, BasisKind, tensor_shapes
+from vllm_spectral.profile.schema import CANARY, CODEBOOKS, FIGURES, SCHEMA_VERSION, BasisKind, tensor_shapes
 
 METADATA_KEY = "vllm_spectral"
 MAX_PROFILE_BYTES = 4 << 30
@@ -63,6 +63,7 @@ def brief(text: object) -> str:
 
 
 Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(printable)]
+_HEX = "^[0-9a-f]{64}$"
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
@@ -96,7 +97,8 @@ class Header(BaseModel):
     slot_bytes: int = Field(gt=0, multiple_of=SLOT_ALIGNMENT)
     num_layers: int
     provenance: _Provenance
-    digest: str = Field(pattern="^[0-9a-f]{64}$")
+    canary_tokens: str | None = Field(None, pattern=_HEX)
+    digest: str = Field(pattern=_HEX)
 
 
 def read_profile_file(path: Path) -> tuple[dict[str, Any], Header, dict[str, Tensor]]:
@@ -234,6 +236,8 @@ def _expected(header: Header) -> dict[str, _Entry]:
     model = header.fingerprint
     shapes = tensor_shapes(model.num_kv_heads, model.head_dim)
     expected: dict[str, _Entry] = {CODEBOOKS: ("F32", (MAX_BITS + 1, 2**MAX_BITS))}
+    if header.canary_tokens is not None:
+        expected[CANARY] = ("F32", (model.num_layers, model.num_kv_heads, FIGURES))
     for index in range(model.num_layers):
         for name, shape in shapes.items():
             expected[f"layers.{index}.{name}"] = ("U8" if name.endswith("bits") else "F32", shape)

@@ -15,7 +15,10 @@ from vllm_spectral.models.description import ModelFingerprint
 SCHEMA_VERSION = 2
 BasisKind = Literal["spectral", "hadamard"]
 CODEBOOKS = "codebooks"
-"""Name of the one tensor in a file that belongs to no layer."""
+"""Name of the one tensor in every file that belongs to no layer."""
+CANARY = "canary"
+"""Name of the tensor with the :class:`Expectation`, in files that have one."""
+FIGURES = 4
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Provenance:
     seed: int
     created: str
     versions: dict[str, str]
+
+
+def rank_heads(num_kv_heads: int, rank: int, world: int) -> tuple[int, int]:
+    """First and number of a tensor-parallel rank's KV heads: a contiguous share, or a replica if ranks outnumber heads."""
+    return rank * num_kv_heads // world, max(num_kv_heads // world, 1)
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,8 @@ class LayerProfile:
         return LayerProfile(**{name: tensor[part] for name, tensor in vars(self).items()})
 
     def shard(self, rank: int, world: int) -> LayerProfile:
-        """The KV heads of one tensor-parallel rank: a contiguous share, or a replica if ranks outnumber heads."""
-        total = self.key_bits.shape[0]
-        return self.heads(rank * total // world, max(total // world, 1))
+        """The KV heads of one tensor-parallel rank."""
+        return self.heads(*rank_heads(self.key_bits.shape[0], rank, world))
 
     def codec(self, slot_bytes: int, codebooks: Codebooks) -> LayerCodec:
         """Build the layer's codec; raises ``ValueError`` if the bits do not fit ``slot_bytes``."""
@@ -93,6 +100,33 @@ def tensor_shapes(num_kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Expectation:
+    """What the profile made of the canary's tokens where it was made; see :mod:`vllm_spectral.stats.canary`.
+
+    Attributes:
+        tokens: digest of the token ids.
+        figures: ``[num_layers, num_kv_heads, 4]`` float32, as :func:`vllm_spectral.stats.probe.head_figures` has them.
+    """
+
+    tokens: str
+    figures: Tensor
+
+    def of_layer(self, layer: int, world: int) -> tuple[float, float]:
+        """Error ratio and drift that a server of ``world`` tensor-parallel ranks will find in a layer.
+
+        Every rank says the larger of its keys' and its values' means over its heads, and their mean is what counts.
+        """
+        heads = self.figures[layer].double()
+        found = []
+        for rank in range(world):
+            first, count = rank_heads(len(heads), rank, world)
+            ratios, drifts = heads[first : first + count].mean(0).view(2, 2)
+            found.append((float(ratios.max()), float(drifts.max())))
+        ratio, drift = (sum(column) / world for column in zip(*found, strict=True))
+        return ratio, drift
+
+
+@dataclass(frozen=True)
 class Profile:
     """A complete profile.
 
@@ -103,6 +137,7 @@ class Profile:
         codebooks: levels and lookup tables; the file holds the levels.
         layers: one entry per model layer, by layer index.
         provenance: how it was made.
+        expectation: what to expect of the canary; None where no model ran when it was made.
         digest: hex SHA-256 over all of the above but ``provenance.created``.
     """
 
@@ -112,6 +147,7 @@ class Profile:
     codebooks: Codebooks
     layers: tuple[LayerProfile, ...]
     provenance: Provenance
+    expectation: Expectation | None = None
     digest: str = ""
 
     @property

@@ -28,6 +28,8 @@ def require_sound(profile: Profile) -> None:
             raise ValueError(f"the levels of {bits} bits fall")
         if bool(levels[bits, 2**bits :].any()) or (bits == 0 and float(levels[0, 0])):
             raise ValueError(f"{bits} bits have more levels than they can name")
+    if profile.expectation is not None:
+        _require_bounded("what is expected of the canary", profile.expectation.figures)
     for index, layer in enumerate(profile.layers):
         try:
             _require_sound_layer(layer, profile.slot_bytes)

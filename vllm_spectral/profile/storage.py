@@ -24,7 +24,15 @@ from vllm_spectral.errors import (
 )
 from vllm_spectral.models.description import ModelFingerprint
 from vllm_spectral.profile.container import METADATA_KEY, brief, printable, read_profile_file
-from vllm_spectral.profile.schema import CODEBOOKS, SCHEMA_VERSION, LayerProfile, Profile, Provenance
+from vllm_spectral.profile.schema import (
+    CANARY,
+    CODEBOOKS,
+    SCHEMA_VERSION,
+    Expectation,
+    LayerProfile,
+    Profile,
+    Provenance,
+)
 from vllm_spectral.profile.soundness import require_sound
 
 _LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerProfile))
@@ -47,6 +55,10 @@ def save_profile(profile: Profile, path: Path) -> Profile:
         "num_layers": len(profile.layers),
         "provenance": dataclasses.asdict(profile.provenance),
     }
+    if profile.expectation is not None:
+        # Files without are older, or of profiles for which no model ran, and keep their digests.
+        tensors[CANARY] = profile.expectation.figures.contiguous()
+        header["canary_tokens"] = profile.expectation.tokens
     digest = _digest(header, tensors)
     metadata = {METADATA_KEY: json.dumps(header | {"digest": digest}, sort_keys=True)}
     try:
@@ -103,6 +115,7 @@ def load_profile(path: Path) -> Profile:
             for index in range(header.num_layers)
         ),
         provenance=Provenance(**raw["provenance"]),
+        expectation=Expectation(header.canary_tokens, tensors[CANARY]) if header.canary_tokens else None,
         digest=stored,
     )
     try:

@@ -48,15 +48,15 @@ class LeadingChannels:
         self._leading = torch.zeros_like(mask).scatter(-1, order, mask)
         self._expected = (expected * self._leading).sum(-1)
 
-    def shortfall(self, energy: Tensor) -> float:
-        """What the profile has in these channels minus what is found there, as shares of all energy; mean over heads.
+    def shortfall(self, energy: Tensor) -> Tensor:
+        """What the profile has in these channels minus what is found there, as shares of all energy; ``[num_heads]`` float64.
 
         Args:
             energy: ``[num_heads, head_dim]``, sums of squares found in the rotated channels.
         """
         energy = energy.double()
         found = (energy * self._leading).sum(-1) / energy.sum(-1).clamp_min(1e-30)
-        return float((self._expected - found).mean())
+        return self._expected - found
 
 
 class Yardstick:
@@ -74,6 +74,6 @@ class Yardstick:
         """The drift of the layer; ``moments`` must hold some tokens."""
         keys, values = self._codec.keys.basis, self._codec.values.basis
         return Drift(
-            self._keys.shortfall(channel_energy(moments.keys, keys)),
-            self._values.shortfall(channel_energy(moments.values, values)),
+            float(self._keys.shortfall(channel_energy(moments.keys, keys)).mean()),
+            float(self._values.shortfall(channel_energy(moments.values, values)).mean()),
         )

@@ -112,27 +112,40 @@ def probe(
         num_tokens=len(positions),
         output_error=float(error.mean().sqrt()),
         attention_kl=float(kl.mean()),
-        error_ratio=_larger(part.error_ratio for part in parts),
+        error_ratio=_larger(part.error_ratio.mean() for part in parts),
         fallback_share=sum(part.fallback_share for part in parts) / len(parts),
         clipped_share=sum(part.clipped_share for part in parts) / len(parts),
-        drift=_larger(part.drift for part in parts),
+        drift=_larger(part.drift.mean() for part in parts),
         kernel_error=float((output - expected).norm() / expected.norm().clamp_min(1e-30)),
     )
 
 
-def _larger(values: Iterable[float]) -> float:
+def head_figures(keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, codec: LayerCodec) -> Tensor:
+    """``[num_heads, 4]`` float32: error ratio of the keys and of the values, drift of both; see :class:`Probe`.
+
+    Args:
+        keys, values, slots, positions, codec: as in :func:`probe`.
+    """
+    parts = [
+        _vectors(keys.float(), codec.decode_keys(slots), slots, positions, codec, codec.keys),
+        _vectors(values.float(), codec.decode_values(slots), slots, positions, codec, codec.values),
+    ]
+    return torch.stack([part.error_ratio for part in parts] + [part.drift for part in parts], dim=1).float()
+
+
+def _larger(values: Iterable[Tensor]) -> float:
     """The larger value; not a number if one of them is not, which ``max`` would hide."""
-    return float(torch.tensor(list(values)).max())
+    return float(torch.stack(list(values)).max())
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What is found in the keys, or in the values; see :class:`Probe`."""
+    """What is found in the keys, or in the values; see :class:`Probe`. Error ratio and drift are ``[num_heads]`` float64."""
 
-    error_ratio: float
+    error_ratio: Tensor
     fallback_share: float
     clipped_share: float
-    drift: float
+    drift: Tensor
 
 
 def _vectors(
@@ -142,13 +155,13 @@ def _vectors(
     header = slots[..., coding.scale_offset].long()
     flat = header >= FLAT_FLAG
     keep = positions >= SINK_TOKENS
-    ratio = drift = 0.0
+    ratio = drift = torch.zeros(exact.shape[1], dtype=torch.float64)
     if bool(keep.any()):
         error = (rotated - restored)[keep].square().sum((0, 2))
         energy = rotated[keep].square().sum(0)
         # Eight bits everywhere would predict next to nothing; below a thousandth arithmetic itself is seen.
         expected = expected_error(coding).clamp_min(1e-3)
-        ratio = float((error / energy.sum(-1).clamp_min(1e-30) / expected).mean())
+        ratio = (error / energy.sum(-1).clamp_min(1e-30) / expected).double()
         drift = LeadingChannels(coding).shortfall(energy)
     bits = coding.spectral.bits
     scale = codec.scales[header & (FLAT_FLAG - 1)][..., None]

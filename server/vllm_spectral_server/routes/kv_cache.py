@@ -14,7 +14,6 @@ from safetensors.torch import save
 from vllm_spectral.profile.report import summarize
 from vllm_spectral.profile.schema import Profile
 from vllm_spectral.stats.memory import LayerMemory
-from vllm_spectral_server.canary import worst
 from vllm_spectral_server.monitor import LayerState, Monitor
 from vllm_spectral_server.schemas import (
     CacheFidelity,
@@ -132,6 +131,9 @@ def _fidelity(state: LayerState) -> LayerFidelity:
 def canary_state(monitor: Monitor) -> CanaryState:
     """The canary, as a body."""
     canary = monitor.canary
+    layer = canary.worst_layer
+    check = None if layer is None else canary.layers[layer]
+    limits = canary.limits if layer is None else canary.limits_of(layer)
     return CanaryState(
         state=canary.state,
         time=canary.time,
@@ -140,11 +142,11 @@ def canary_state(monitor: Monitor) -> CanaryState:
         kl=canary.verdict.kl if canary.verdict else None,
         kl_limit=canary.limits.kl,
         top1_agreement=canary.verdict.top1 if canary.verdict else None,
-        worst_layer=max(canary.layers, key=lambda layer: canary.layers[layer].error_ratio, default=None),
-        worst_error_ratio=worst(check.error_ratio for check in canary.layers.values()),
-        worst_drift=worst(check.drift for check in canary.layers.values()),
-        error_ratio_limit=canary.limits.error_ratio,
-        drift_limit=canary.limits.drift,
+        worst_layer=layer,
+        worst_error_ratio=check.error_ratio if check else None,
+        worst_drift=check.drift if check else None,
+        error_ratio_limit=limits.error_ratio,
+        drift_limit=limits.drift,
         message=canary.message,
     )
 

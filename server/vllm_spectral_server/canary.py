@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vllm_spectral.backend.scheduler import CANARY_PREFIX
-from vllm_spectral.profile.schema import Profile
+from vllm_spectral.profile.schema import Expectation, Profile
 from vllm_spectral.stats.canary import MOST_TOKENS, TEXT, tokens_digest
 
 Predictions = Sequence[Mapping[int, float]]
@@ -141,6 +141,7 @@ class Canary:
     _exact: list[Predictions] = field(default_factory=list)
     _number: Any = field(default_factory=itertools.count)
     _ranks: int = 1
+    _expected: Expectation | None = None
 
     def limits_of(self, layer: int) -> Limits:
         """What passes of a layer, on the canary's own tokens.
@@ -148,10 +149,9 @@ class Canary:
         Where the profile was made it was found out what it makes of them; a server that finds something else has another
         profile, another model, or broken kernels. Without, limits that sound profiles of broad text keep.
         """
-        expected = self.profile.expectation if self.profile else None
-        if expected is None or expected.tokens != tokens_digest(self._tokens):
+        if self._expected is None:
             return self.limits
-        ratio, drift = expected.of_layer(layer, self._ranks)
+        ratio, drift = self._expected.of_layer(layer, self._ranks)
         return replace(self.limits, error_ratio=ratio * RATIO_SLACK, drift=drift + DRIFT_SLACK)
 
     @property
@@ -164,7 +164,7 @@ class Canary:
         """The layer whose error ratio is the largest part of its limit; None if none was looked at."""
 
         def used(layer: int) -> float:
-            part = self.layers[layer].error_ratio / self.limits_of(layer).error_ratio
+            part = self.layers[layer].error_ratio / max(self.limits_of(layer).error_ratio, 1e-9)
             return math.inf if math.isnan(part) else part
 
         return max(self.layers, key=used, default=None)
@@ -190,6 +190,8 @@ class Canary:
         if len(self._tokens) <= FIRST_JUDGED:
             self.state, self.message = "off", f"prompts of {most} tokens are too short to judge by"
             return
+        expected = self.profile.expectation if self.profile else None
+        self._expected = expected if expected and expected.tokens == tokens_digest(self._tokens) else None
         await self.ask("spectral_answer_exactly", True)
         try:
             self._exact = [await self._answer(index) for index in range(self.num_engines)]

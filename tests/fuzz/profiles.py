@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import io
 import json
+import math
 import os
 import resource
 import secrets
@@ -38,7 +39,7 @@ from vllm_spectral.cli.main import main as command
 from vllm_spectral.errors import ProfileError
 from vllm_spectral.kernels.interface import Requests
 from vllm_spectral.kernels.layer import NativeLayer
-from vllm_spectral.profile.schema import Profile
+from vllm_spectral.profile.schema import Expectation, Profile
 from vllm_spectral.profile.storage import load_profile, save_profile
 
 CASE_SECONDS = 10
@@ -90,7 +91,7 @@ def _require_clear(error: ProfileError, path: Path) -> None:
 
 def _equal(one: Profile, other: Profile) -> bool:
     plain = [
-        dataclasses.replace(p, digest="", codebooks=other.codebooks, layers=other.layers,
+        dataclasses.replace(p, digest="", codebooks=other.codebooks, layers=other.layers, expectation=None,
                             provenance=dataclasses.replace(p.provenance, created=""))
         for p in (one, other)
     ]  # fmt: skip
@@ -98,12 +99,21 @@ def _equal(one: Profile, other: Profile) -> bool:
     return (
         plain[0] == plain[1]
         and torch.equal(one.codebooks.levels, other.codebooks.levels)
+        and _expect_the_same(one.expectation, other.expectation)
         and all(torch.equal(a, b) for x, y in layers for a, b in zip(vars(x).values(), vars(y).values(), strict=True))
     )
 
 
+def _expect_the_same(one: Expectation | None, other: Expectation | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.tokens == other.tokens and torch.equal(one.figures, other.figures)
+
+
 def _exercise(profile: Profile) -> None:
     """What is done with a profile that loads: write it, show it, build its codecs, run the kernels next to guarded bytes."""
+    if profile.expectation is not None and not all(map(math.isfinite, profile.expectation.of_layer(0, 2))):
+        raise EscapedError("what is expected of the canary is no number")
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / "again"
         if save_profile(profile, again).digest != profile.digest or not _equal(load_profile(again), profile):

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.conftest import Server, serving
+from vllm_spectral.profile.storage import load_profile
 
 PROMPT = "The capital of France is"
 TOTALS = ("pool_bytes", "exact_tier_bytes", "workspace_bytes", "profile_bytes")
@@ -114,6 +115,9 @@ def test_tensor_parallel_ranks(calibrated: Path, work: Path, server: Server) -> 
         assert report["capacity_tokens"] == pytest.approx(3 * one["capacity_tokens"], rel=0.01)
         status, ready = three.get("/ready")
         assert (status, ready["canary"]["state"]) == (200, "passed")
-        canary, alone = ready["canary"], server.get("/ready")[1]["canary"]
-        assert canary["worst_error_ratio"] == pytest.approx(alone["worst_error_ratio"], rel=0.1)
+        canary, expectation = ready["canary"], load_profile(calibrated).expectation
+        assert expectation is not None
+        ratio, drift = expectation.of_layer(canary["worst_layer"], 3)
+        assert canary["worst_error_ratio"] == pytest.approx(ratio, rel=0.03)
+        assert canary["worst_drift"] == pytest.approx(drift, abs=0.005)
         assert ask(three, PROMPT).startswith(" Paris")

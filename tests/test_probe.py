@@ -12,7 +12,7 @@ from vllm_spectral.codec.codebook import Codebooks, normal_codebooks
 from vllm_spectral.codec.quantizer import LayerCodec
 from vllm_spectral.codec.rotation import rotate
 from vllm_spectral.profile.schema import LayerProfile
-from vllm_spectral.stats.drift import LEADING_ENERGY, drift
+from vllm_spectral.stats.drift import LEADING_ENERGY, Yardstick
 from vllm_spectral.stats.moments import LayerMoments
 from vllm_spectral.stats.probe import Probe, expected_error, probe
 
@@ -103,12 +103,12 @@ def test_expectation_is_energy_times_distortion(layer: LayerProfile) -> None:
 
 def test_drift_is_nought_at_home_and_large_abroad(layer: LayerProfile) -> None:
     codec = layer.codec(SLOT_BYTES, BOOKS)
-    home = drift(codec, measured(seed=50))
+    home = Yardstick(codec).drift(measured(seed=50))
     assert abs(home.keys) < 0.02 and abs(home.values) < 0.02
     moments = LayerMoments(HEADS, DIM)
     white = torch.randn(4000, HEADS, DIM)
     moments.add(torch.randn(4000, HEADS, DIM), white, correlated(4000, 60), torch.arange(4000) % 500)
-    abroad = drift(codec, moments)
+    abroad = Yardstick(codec).drift(moments)
     leading = layer.key_spectrum.cumsum(-1) - layer.key_spectrum < LEADING_ENERGY * layer.key_spectrum.sum(-1)[:, None]
     expected = LEADING_ENERGY - leading.float().mean()
     assert abroad.keys == pytest.approx(float(expected), abs=0.06)

@@ -240,7 +240,7 @@ class Canary:
             yield f"predictions{whose} are {verdict.kl:.3f} nats from the exact cache's, the limit is {limits.kl:g}"
         bad = self.failing
         if bad:
-            first = next(iter(sorted(bad)))
+            first = min(bad)
             check, most = bad[first], self.limits_of(first)
             yield (
                 f"layer{'s' * (len(bad) > 1)} {', '.join(map(str, sorted(bad)))}: in layer {first} keys or values are stored "

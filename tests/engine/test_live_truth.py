@@ -257,7 +257,7 @@ def test_a_profile_is_made_from_traffic(server: Server, loaded: list[dict[str, A
 
 @pytest.fixture(scope="module")
 def damaged(calibrated: Path, work: Path) -> Iterator[Server]:
-    """A server whose profile has transposed bases in one layer: the bug that this project began with."""
+    """A server whose profile has the transposed basis of one layer's keys: the bug that this project began with."""
     profile = load_profile(calibrated)
     layers = list(profile.layers)
     layers[11] = dataclasses.replace(layers[11], key_basis=layers[11].key_basis.mT.contiguous())

@@ -27,11 +27,6 @@ class Drift:
     values: float
 
 
-def drift(codec: LayerCodec, moments: LayerMoments) -> Drift:
-    """The drift of a layer; ``moments`` must hold some tokens."""
-    return Yardstick(codec).drift(moments)
-
-
 class LeadingChannels:
     """The channels that hold most of what a profile expects of the keys, or of the values, of one layer.
 

@@ -104,10 +104,7 @@ def probe(
     output = expected if served is None else served.float().view_as(truth)
     error = (output - truth).square().sum((1, 2)) / truth.square().sum((1, 2)).clamp_min(1e-30)
     kl = torch.nn.functional.kl_div(stored, exact, reduction="none", log_target=True).sum(-1)
-    parts = [
-        _vectors(keys, restored_keys, slots, positions, codec, codec.keys),
-        _vectors(values, restored_values, slots, positions, codec, codec.values),
-    ]
+    parts = _parts((keys, values), (restored_keys, restored_values), slots, positions, codec)
     return Probe(
         num_tokens=len(positions),
         output_error=float(error.mean().sqrt()),
@@ -124,12 +121,9 @@ def head_figures(keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor,
     """``[num_heads, 4]`` float32: error ratio of the keys and of the values, drift of both; see :class:`Probe`.
 
     Args:
-        keys, values, slots, positions, codec: as in :func:`probe`.
+        keys, values, slots, positions, codec: as in :func:`probe`; the first two float32.
     """
-    parts = [
-        _vectors(keys.float(), codec.decode_keys(slots), slots, positions, codec, codec.keys),
-        _vectors(values.float(), codec.decode_values(slots), slots, positions, codec, codec.values),
-    ]
+    parts = _parts((keys, values), (codec.decode_keys(slots), codec.decode_values(slots)), slots, positions, codec)
     return torch.stack([part.error_ratio for part in parts] + [part.drift for part in parts], dim=1).float()
 
 
@@ -146,6 +140,17 @@ class _Part:
     fallback_share: float
     clipped_share: float
     drift: Tensor
+
+
+def _parts(
+    exact: tuple[Tensor, Tensor], restored: tuple[Tensor, Tensor], slots: Tensor, positions: Tensor, codec: LayerCodec
+) -> list[_Part]:
+    """Of the keys, and of the values."""
+    (keys, values), (restored_keys, restored_values) = exact, restored
+    return [
+        _vectors(keys, restored_keys, slots, positions, codec, codec.keys),
+        _vectors(values, restored_values, slots, positions, codec, codec.values),
+    ]
 
 
 def _vectors(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
+from vllm_spectral_server.monitor import POLL_SECONDS
 
 from benchmarks.measure import save
 from benchmarks.texts import prose
@@ -52,7 +53,7 @@ def visit(server: ServerProcess, kind: str, first: int) -> dict[str, Any]:
     # One or two at a time: a step that prefills one prompt is sampled for as much as one that prefills ten.
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(ask, range(first, first + REQUESTS)))
-    time.sleep(3)
+    time.sleep(POLL_SECONDS + 1)
     state = json.load(urllib.request.urlopen(server.url + "/v1/kv_cache/fidelity"))
     layers = [layer for layer in state["layers"] if layer["samples"]]
     return {
@@ -65,6 +66,7 @@ def visit(server: ServerProcess, kind: str, first: int) -> dict[str, Any]:
         "layers in alarm": len({alarm["layer"] for alarm in state["alarms"]}),
         "layers sampled": len(layers),
         "tokens in moments": min(layer["moment_tokens"] for layer in layers),
+        "canary": state["canary"]["state"],
     }
 
 
@@ -97,7 +99,7 @@ def main() -> None:
             ("base64, profile from its traffic", str(made), "base64", 1000, lambda _: None),
         ):
             rows[name] = serve(profile, kind, first, then)
-            print(name, {key: round(value, 4) for key, value in rows[name].items()}, flush=True)
+            print(name, json.dumps(rows[name], indent=1), flush=True)
     save(arguments.json, rows)
 
 

@@ -41,6 +41,7 @@ def serve(profile: str, chunk: int, new: int) -> None:
         max_num_batched_tokens=chunk, kv_cache_memory_bytes=POOL_BYTES, enable_prefix_caching=new > 0,
         disable_log_stats=True, additional_config={"spectral": {"profile": profile}} if profile != "stock" else {},
     )  # fmt: skip
+    attention = attention_clock(llm)
     tokenizer = llm.get_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         files = write("held-out", Path(folder)).values()
@@ -51,13 +52,37 @@ def serve(profile: str, chunk: int, new: int) -> None:
             output = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
             answer: Any = output[0].outputs[0].text
         else:
-            answer = measure(llm, ids, request["batch"], request["context"], request["round"], new)
+            answer = measure(llm, ids, request["batch"], request["context"], request["round"], new, attention)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def measure(llm: Any, ids: list[int], batch: int, context: int, round_: int, new: int) -> dict[str, float]:
-    """Seconds of prefill, and the median of decode steps in which all requests take part."""
+def attention_clock(llm: Any) -> list[float]:
+    """A list of one number, the seconds that all layers' attention and their storing of keys and values have taken."""
+    taken = [0.0]
+
+    def timed(call: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                taken[0] += time.perf_counter() - start
+
+        return run
+
+    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    for layer in context.values():
+        for name in ("forward", "do_kv_cache_update"):
+            if hasattr(layer.impl, name):
+                setattr(layer.impl, name, timed(getattr(layer.impl, name)))
+    return taken
+
+
+def measure(
+    llm: Any, ids: list[int], batch: int, context: int, round_: int, new: int, attention: list[float]
+) -> dict[str, float]:
+    """Seconds of prefill, and the median of decode steps in which all requests take part, attention's part of them too."""
     from vllm import SamplingParams
 
     engine = llm.llm_engine
@@ -70,16 +95,21 @@ def measure(llm: Any, ids: list[int], batch: int, context: int, round_: int, new
         llm.generate(cached, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
     for index, prompt in enumerate(prompts):
         engine.add_request(f"{time.time_ns()}-{index}", {"prompt_token_ids": prompt}, parameters)
-    prefill, steps = 0.0, []
+    prefill, steps, attended = 0.0, [], []
     while engine.has_unfinished_requests():
-        start_time = time.perf_counter()
+        start_time, before = time.perf_counter(), attention[0]
         outputs = engine.step()
         taken = time.perf_counter() - start_time
         if len(outputs) == batch and all(len(o.outputs[0].token_ids) >= 2 for o in outputs):
             steps.append(taken)
+            attended.append(attention[0] - before)
         elif not steps:
             prefill += taken
-    return {"prefill": prefill, "step": statistics.median(steps[:STEPS])}
+    return {
+        "prefill": prefill,
+        "step": statistics.median(steps[:STEPS]),
+        "attention": statistics.median(attended[:STEPS]),
+    }
 
 
 class Side:
@@ -145,11 +175,15 @@ def main() -> None:
                 what: statistics.median(s[what] / o[what] for s, o in zip(taken["stock"], taken["ours"], strict=True))
                 for what in ("step", "prefill")
             }
-            step = {name: statistics.median(a["step"] for a in answers) for name, answers in taken.items()}
-            sys.stdout.write(
-                f"batch {batch:2d} context {context:5d}: stock {batch / step['stock']:7.1f} tok/s, ours "
-                f"{batch / step['ours']:7.1f} tok/s, ratio {ratio['step']:.2f}; prefill ratio {ratio['prefill']:.2f}\n"
+            step, attention = (
+                {name: statistics.median(a[what] for a in answers) for name, answers in taken.items()}
+                for what in ("step", "attention")
             )
+            sys.stdout.write(f"batch {batch:2d} context {context:5d}, tokens/s (attention of a step): ")
+            for name in sides:
+                parts = f"{attention[name] * 1e3:.1f} of {step[name] * 1e3:.1f} ms"
+                sys.stdout.write(f"{name} {batch / step[name]:7.1f} ({parts}), ")
+            sys.stdout.write(f"ratio {ratio['step']:.2f}; prefill ratio {ratio['prefill']:.2f}\n")
             sys.stdout.flush()
             results.append({"batch": batch, "context": context, "seconds": taken, "ratio": ratio})
             save(arguments.json, {"points": results, "chunk": arguments.chunk, "new": arguments.new})

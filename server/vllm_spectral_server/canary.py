@@ -23,7 +23,8 @@ Predictions = Sequence[Mapping[int, float]]
 """Per position, log-probabilities of the most likely next tokens, by token id."""
 
 TOP_TOKENS = 20
-SHARE = 0.005
+SHARE = 0.003
+"""Of the time, which the canary takes at most where its pause is left to it."""
 PAUSE_SECONDS = 60.0
 RATIO_SLACK, DRIFT_SLACK = 1.08, 0.015
 """How far a layer's figures may be from what its profile says of the canary: times the error ratio, and beside the drift. A
@@ -136,7 +137,7 @@ class Canary:
     failures: int = 0
     verdict: Verdict | None = None
     layers: dict[int, LayerCheck] = field(default_factory=dict)
-    _cost: float = 0.0
+    _cost: float = math.inf
     _tokens: list[int] = field(default_factory=list)
     _exact: list[Predictions] = field(default_factory=list)
     _number: Any = field(default_factory=itertools.count)
@@ -172,7 +173,9 @@ class Canary:
     @property
     def pause(self) -> float:
         """Seconds between two runs."""
-        return max(PAUSE_SECONDS, self._cost / SHARE) if self.every_seconds is None else self.every_seconds
+        if self.every_seconds is not None:
+            return self.every_seconds
+        return max(PAUSE_SECONDS, self._cost / SHARE) if math.isfinite(self._cost) else PAUSE_SECONDS
 
     async def record(self) -> None:
         """Answer the prompt exactly, once per engine; before the server lets requests in."""
@@ -219,8 +222,8 @@ class Canary:
         finally:
             # Or another prompt of this length would be taken for it.
             await self.ask("spectral_expect_canary", 0)
-        # Of the first run, before there is traffic: later ones wait for others.
-        self._cost = self._cost or time.monotonic() - start
+        # Of the quickest run: the first has a cold process, later ones wait for others.
+        self._cost = min(self._cost, time.monotonic() - start)
         self.layers = await look() or self.layers
         kl = worst(verdict.kl for verdict in verdicts)
         assert kl is not None

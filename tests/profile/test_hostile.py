@@ -61,6 +61,7 @@ def test_a_forged_file_with_nothing_changed_loads(tmp_path: Path) -> None:
     [
         ("codebooks", float("nan"), "codebooks has numbers that are not finite"),
         ("canary", float("nan"), "what is expected of the canary has numbers that are not finite"),
+        ("canary", -1.0, "a negative error ratio is expected of the canary"),
         ("codebooks", 5.0, "0 bits have more levels than they can name"),
         ("layers.1.key_sink", float("inf"), "layer 1: key_sink has numbers that are not finite"),
         ("layers.0.value_spectrum", float("nan"), "not finite"),

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm_spectral_server.canary import RATIO_SLACK, TOP_TOKENS, Canary, LayerCheck, Limits, compare, worst
+from vllm_spectral_server import canary as canary_module
+from vllm_spectral_server.canary import RATIO_SLACK, SHARE, TOP_TOKENS, Canary, LayerCheck, Limits, compare, worst
 
 from vllm_spectral.profile.schema import Expectation
 from vllm_spectral.stats.canary import MOST_TOKENS, tokens_digest
@@ -180,6 +181,33 @@ def test_the_rank_that_is_off_is_named() -> None:
     asyncio.run(work())
     assert canary.state == "failed"
     assert canary.message.startswith("predictions of data-parallel rank 1 are")
+
+
+def test_the_pause_is_by_the_quickest_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first run in a cold process is slow, and so is one that waits behind others."""
+    clock = 0.0
+    monkeypatch.setattr(canary_module, "time", SimpleNamespace(monotonic=lambda: clock, time=lambda: clock))
+    engine, pauses = Engine(), []
+
+    async def nothing() -> dict[int, LayerCheck]:
+        return {}
+
+    async def work() -> None:
+        canary = Canary(engine, 1, engine.ask, None, Limits())
+        pauses.append(canary.pause)
+        await canary.record()
+        for seconds in (0.9, 0.3, 2.0, 0.01):
+
+            def take(seconds: float = seconds) -> None:
+                nonlocal clock
+                clock += seconds
+
+            engine.answered = take
+            await canary.run(nothing)
+            pauses.append(canary.pause)
+
+    asyncio.run(work())
+    assert pauses == pytest.approx([60, 0.9 / SHARE, 0.3 / SHARE, 0.3 / SHARE, 60])
 
 
 def test_the_workers_stop_waiting_for_the_canary() -> None:

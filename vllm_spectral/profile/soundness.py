@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vllm_spectral.codec.codebook import MAX_BITS
 from vllm_spectral.codec.layout import split_words
-from vllm_spectral.profile.schema import LayerProfile, Profile
+from vllm_spectral.profile.schema import FIGURES, LayerProfile, Profile
 
 ORTHOGONALITY = 1e-3
 """Largest entry of ``U.T @ U - I``; bases that were computed in float64 and rounded to float32 stay below 1e-6."""
@@ -29,7 +29,11 @@ def require_sound(profile: Profile) -> None:
         if bool(levels[bits, 2**bits :].any()) or (bits == 0 and float(levels[0, 0])):
             raise ValueError(f"{bits} bits have more levels than they can name")
     if profile.expectation is not None:
-        _require_bounded("what is expected of the canary", profile.expectation.figures)
+        figures = profile.expectation.figures
+        _require_bounded("what is expected of the canary", figures)
+        # The first half are ratios of squares; a limit made of a negative one would never let a server be ready.
+        if bool((figures[..., : FIGURES // 2] < 0).any()):
+            raise ValueError("a negative error ratio is expected of the canary")
     for index, layer in enumerate(profile.layers):
         try:
             _require_sound_layer(layer, profile.slot_bytes)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
+from vllm_spectral_server.monitor import POLL_SECONDS
 
 from benchmarks.measure import save
 from benchmarks.texts import code, prose
@@ -48,6 +50,7 @@ def loaded(profile: str, size: str, folder: Path) -> dict[str, Any]:
 
         with ThreadPoolExecutor(32) as pool:
             list(pool.map(ask, range(32)))
+        time.sleep(POLL_SECONDS + 1)
         return memory(server)
 
 

@@ -9,10 +9,8 @@ same 32 requests run in both, all at once.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ EXACT = 8 << 20
 
 
 def memory(server: ServerProcess) -> dict[str, Any]:
-    report: dict[str, Any] = json.load(urllib.request.urlopen(server.url + "/v1/kv_cache/memory"))
+    report: dict[str, Any] = server.get("/v1/kv_cache/memory")
     parts = report["used_bytes"] + report["cached_bytes"] + report["free_bytes"]
     assert parts == report["pool_bytes"] == sum(rank["allocated_bytes"] for rank in report["ranks"])
     return report

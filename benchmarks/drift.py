@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import tempfile
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def visit(server: ServerProcess, kind: str, first: int) -> dict[str, Any]:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(ask, range(first, first + REQUESTS)))
     time.sleep(POLL_SECONDS + 1)
-    state = json.load(urllib.request.urlopen(server.url + "/v1/kv_cache/fidelity"))
+    state = server.get("/v1/kv_cache/fidelity")
     layers = [layer for layer in state["layers"] if layer["samples"]]
     return {
         "drift, largest layer": max(layer["drift"] for layer in layers),

@@ -101,7 +101,7 @@ def turn(server: ServerProcess, state: str) -> dict[str, Any]:
 
 def sampled_steps(server: ServerProcess) -> int:
     """So far, as the workers last said."""
-    count: int = json.load(urllib.request.urlopen(server.url + "/v1/kv_cache/fidelity"))["sampled_steps"]
+    count: int = server.get("/v1/kv_cache/fidelity")["sampled_steps"]
     return count
 
 
@@ -192,12 +192,8 @@ def main() -> None:
     # The workers are told by a function of the benchmark's.
     environment = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
-    def ready() -> bool:
-        found: bool = json.load(urllib.request.urlopen(server.url + "/ready"))["ready"]
-        return found
-
     with tempfile.TemporaryDirectory() as folder, running(argv, Path(folder) / "log", environment) as server:
-        assert ready()
+        assert server.get("/ready")["ready"]
         with Load(server, arguments.clients):
             turn(server, "questions")
             time.sleep(WARM_UP_SECONDS)
@@ -209,7 +205,7 @@ def main() -> None:
             # By then the server knows what a canary takes.
             pause = turn(server, "off")["after"]["canary_pause"]
             sampled = sampled_steps(server) - before
-        assert ready()
+        assert server.get("/ready")["ready"]
     share = sampled / sum(each["steps"] for each in slices["sampling"])
     rounds, generator = range(arguments.rounds), random.Random(0)
     result: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 START_SECONDS = 300
 STOP_SECONDS = 60
@@ -33,6 +35,11 @@ class ServerProcess:
     url: str
     log: Path
     process: subprocess.Popen[bytes]
+
+    def get(self, path: str) -> Any:
+        """What it answers to a GET, from JSON; raises ``HTTPError`` if that is an error."""
+        with urllib.request.urlopen(self.url + path) as response:
+            return json.load(response)
 
     def signal(self, number: int) -> None:
         """Send a signal to it and all its workers."""

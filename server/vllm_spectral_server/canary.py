@@ -137,7 +137,7 @@ class Canary:
     failures: int = 0
     verdict: Verdict | None = None
     layers: dict[int, LayerCheck] = field(default_factory=dict)
-    _cost: float = math.inf
+    _cost: float = 0.0
     _tokens: list[int] = field(default_factory=list)
     _exact: list[Predictions] = field(default_factory=list)
     _number: Any = field(default_factory=itertools.count)
@@ -173,9 +173,7 @@ class Canary:
     @property
     def pause(self) -> float:
         """Seconds between two runs."""
-        if self.every_seconds is not None:
-            return self.every_seconds
-        return max(PAUSE_SECONDS, self._cost / SHARE) if math.isfinite(self._cost) else PAUSE_SECONDS
+        return max(PAUSE_SECONDS, self._cost / SHARE) if self.every_seconds is None else self.every_seconds
 
     async def record(self) -> None:
         """Answer the prompt exactly, once per engine; before the server lets requests in."""
@@ -223,7 +221,7 @@ class Canary:
             # Or another prompt of this length would be taken for it.
             await self.ask("spectral_expect_canary", 0)
         # Of the quickest run: the first has a cold process, later ones wait for others.
-        self._cost = min(self._cost, time.monotonic() - start)
+        self._cost = min(self._cost or math.inf, time.monotonic() - start)
         self.layers = await look() or self.layers
         kl = worst(verdict.kl for verdict in verdicts)
         assert kl is not None

@@ -101,7 +101,7 @@ $(LOAD)/.complete: requirements/load.lock
 	$(LOAD)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/load.lock
 	@touch $@
 
-load-test: setup $(LOAD)/.complete $(BALANCED) ## stock vLLM and ours with equal KV bytes under the same clients; half an hour
+load-test: setup $(LOAD)/.complete $(BALANCED) ## stock vLLM and ours with equal KV bytes under the same clients; half an hour to an hour
 	$(BIN)/python -m tests.load.compare $(BALANCED) --locust $(LOAD)/bin/locust --output build/load-report
 
 $(TOOLS)/.complete: requirements/tools.lock

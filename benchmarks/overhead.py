@@ -48,6 +48,8 @@ FLAGS = ("--max-model-len", "2048", "--kv-cache-memory-bytes", "256M")
 PROMPT_CHARACTERS, ANSWER_TOKENS = 100, 1900
 WARM_UP_SECONDS = 20
 REDRAWS = 2000
+FEWEST_ROUNDS = 10
+"""With fewer, rounds can be drawn in which no canary ended, and of which no cost can be told."""
 CHUNKS = 20_000
 
 STATES = ("off", "sampling", *PAUSES)
@@ -183,11 +185,13 @@ async def middleware_seconds() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=60, help=f"at least {FEWEST_ROUNDS} (%(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of a slice")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.rounds < FEWEST_ROUNDS:
+        parser.error(f"--rounds {arguments.rounds}: an interval wants at least {FEWEST_ROUNDS}")
     argv = [sys.executable, "-m", "benchmarks.switched", "serve", "demo", "--profile", arguments.profile, *FLAGS]
     # The workers are told by a function of the benchmark's.
     environment = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}

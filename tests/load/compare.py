@@ -4,7 +4,8 @@
 
 Both servers live; the one that is not measured is stopped (SIGSTOP). Locust plays the users of ``locustfile.py``, each kind
 alone and then all together; vLLM's load generator closes the loop with random prompts, and climbs from one client to all.
-The report (Markdown, JSON, a plot) has both sides of every figure, and the line at the end the two that matter most.
+The report (Markdown, JSON, a plot) has both sides of every figure, and the line at the end the two that matter most. Each
+run is a line as it ends, and in the report's JSON from then on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -110,9 +112,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     loads = [*SCENARIOS, *(f"random prompts, {clients} clients" for clients in climb)]
     rows: dict[str, dict[str, list[Figures]]] = {load: {side: [] for side in SIDES} for load in loads}
     turns = [(turn, number, load) for turn in range(arguments.rounds) for number, load in enumerate(loads)]
+    runs = len(turns) * len(SIDES)
     with (
         both(arguments.profile, arguments.memory, folder) as servers,
-        token_bar("loads", len(turns) * len(SIDES), True) as advance,
+        token_bar("loads", runs, sys.stderr.isatty()) as advance,
     ):
         for turn, number, load in turns:
             for side in SIDES if (turn + number) % 2 else SIDES[::-1]:
@@ -125,6 +128,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                         found = closed_loop(server, climb[number - len(SCENARIOS)], 100 * turn + number, folder)
                     rows[load][side].append(found | {"preemptions": preemptions(server) - before})
                 advance(1)
+                done = sum(len(found) for sides in rows.values() for found in sides.values())
+                rate, wait = (rows[load][side][-1][name] for name in ("output_tokens_per_second", "ttft_p99_seconds"))
+                print(f"run {done} of {runs}: {load}, {side}: {rate:.1f} tokens/s, TTFT p99 {wait:.2f} s", flush=True)
+                save(arguments.output / "report.json", {"rows": rows})
     return {"rows": rows, "climb": climb}
 
 

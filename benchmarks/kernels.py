@@ -21,7 +21,7 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from benchmarks.measure import interleaved, ratios, save, spread
+from benchmarks.measure import beyond_cache, interleaved, ratios, save, spread
 from vllm_spectral.codec.attention import paged_attention
 from vllm_spectral.kernels.interface import Requests
 from vllm_spectral.kernels.layer import NativeLayer
@@ -30,8 +30,6 @@ from vllm_spectral.profile.schema import LayerProfile, Profile
 from vllm_spectral.profile.storage import load_profile
 
 BLOCK = 32
-BEYOND_CACHE = 96 << 20
-"""Bytes that the compressed caches of one case take together."""
 MOST_STOCK = 4 << 30
 """Most bytes that the stock kernel's caches of one case may take."""
 SAMPLE = 4096
@@ -110,7 +108,7 @@ class Bench:
         self.blocks = -(-case.context // BLOCK)
         self.table = torch.randperm(self.blocks * case.batch).view(case.batch, -1).int()
         self.bytes = self.blocks * case.batch * self.codec.layout.page_bytes(BLOCK)
-        count = -(-BEYOND_CACHE // self.bytes) + 1
+        count = -(-beyond_cache() // self.bytes) + 1
         keys = sample(layer.key_basis, layer.key_spectrum, 0)
         values = sample(layer.value_basis, layer.value_spectrum, 1)
         shape = (self.blocks * case.batch, case.heads, BLOCK, self.codec.layout.slot_bytes)
@@ -160,22 +158,12 @@ class Bench:
     def stock(self, cache_dtype: str) -> Callable[[], None]:
         """Time vLLM's kernel over caches of its own, as many as ours."""
         case = self.case
-        element = torch.bfloat16 if cache_dtype == "auto" else torch.uint8
         shape = (self.blocks * case.batch, case.heads, 2 * BLOCK, case.dim)
-        count = max(
-            2,
-            min(
-                len(self.pages),
-                (8 << 30)
-                // (torch.empty(0, dtype=element).element_size() * 2 * BLOCK * case.dim * shape[0] * case.heads),
-            ),
-        )
-        caches = []
-        for _ in range(count):
-            cache = torch.randn(shape).bfloat16()
-            if cache_dtype != "auto":
-                cache = cache.to(torch.float8_e4m3fn).view(torch.uint8)
-            caches.append(cache.chunk(2, dim=2))
+        first = torch.randn(shape).bfloat16()
+        if cache_dtype != "auto":
+            first = first.to(torch.float8_e4m3fn).view(torch.uint8)
+        count = max(2, min(len(self.pages), MOST_STOCK // first.nbytes))
+        caches = [cache.chunk(2, dim=2) for cache in (first, *(first.clone() for _ in range(count - 1)))]
         attend, pool = (
             stock_attention(case, self.query, self.requests, self.table, cache_dtype),
             itertools.cycle(caches),

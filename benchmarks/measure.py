@@ -20,6 +20,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds per call of every side, one figure per round; each round runs all sides, one after the other.
 
+    Every round begins with another side: what one leaves in the caches is not always the same one's to bear.
+
     Args:
         sides: what to time, by name.
         rounds: figures per side.
@@ -32,8 +34,11 @@ def interleaved(
         run()
         repeats[name] = max(1, int(seconds / (time.perf_counter() - start)))
     taken: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, run in sides.items():
+    names = list(sides)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            run = sides[name]
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 run()
@@ -50,6 +55,13 @@ def spread(figures: list[float]) -> str:
 def ratios(numerator: list[float], denominator: list[float]) -> float:
     """Median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def beyond_cache() -> int:
+    """Bytes that no cache of this machine holds: a quarter more than its largest, 96 MiB at least."""
+    caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    kibibytes = [int(path.read_text().strip().removesuffix("K")) for path in caches]
+    return max(96 << 20, max(kibibytes, default=0) * 1280)
 
 
 def circumstances() -> dict[str, Any]:

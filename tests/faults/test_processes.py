@@ -57,7 +57,7 @@ def check_kill(
     clients: int = 8,
     **options: dict[str, str],
 ) -> None:
-    """``kill -9`` under load of so many clients: everyone is told, the server stops with an error, and a restarted one answers as before."""
+    """``kill -9`` under load: everyone is told, the server stops with an error, and a restarted one answers as before."""
     port = free_port()
     with serve(*flags, port=port, **options) as server, company(server.url):
         family = [psutil.Process(server.process.pid), *descendants(server)]

@@ -18,8 +18,9 @@ SEED ?=
 # Of `make fault-test`: how long ten times too many clients insist.
 OVERLOAD_SECONDS ?= 60
 LOAD := build/load
-# Of `make package-test`.
+# Of `make package-test`. CUDA_TORCH=1: where torch has no CPU build for a Python, its build for CUDA (some gigabytes).
 PYTHONS ?= $(PYTHON)
+CUDA_TORCH ?=
 
 .PHONY: help setup demo serve test check image image-test compose-test chart-test parallel-test sanitize fuzz fault-test load-test docs docs-test audit package-test bench format clean
 
@@ -119,7 +120,7 @@ audit: $(TOOLS)/.complete ## known vulnerabilities of what is pinned; fails if t
 	$(TOOLS)/bin/pip-audit --strict --no-deps -r requirements/cpu.lock
 
 package-test: $(TOOLS)/.complete ## sdist and wheel, installed and used outside of the checkout, by each of PYTHONS
-	$(TOOLS)/bin/python -m tests.packaging.check --pythons $(PYTHONS) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+	$(TOOLS)/bin/python -m tests.packaging.check --pythons $(PYTHONS) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(if $(filter 1,$(CUDA_TORCH)),--cuda-torch)
 
 bench: setup $(BALANCED) ## kernels and whole engine against stock vLLM, about half an hour
 	$(BIN)/python -m benchmarks.kernels $(BALANCED) --json benchmarks/results/latest-kernels.json

@@ -3,14 +3,16 @@
     python -m tests.packaging.check --pythons python3.11 python3.12 python3.13
 
 For every Python the commands answer and the kernels load. Where torch and vLLM can be installed as pinned, `doctor demo`
-judges the embedded model, and the tests of kernels, codec and profiles run on the installed package. Where they cannot, the
-last line says so: that Python is then shown to install, and no more.
+judges the embedded model, and the tests of kernels, codec and profiles run on the installed package. Where torch's CPU build
+is not to be had, --cuda-torch takes the other build of the same version, which computes on the CPU as well and brings
+gigabytes of CUDA with it; without that flag the last line says so, and that Python is shown to install, and no more.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PINS = ROOT / "requirements" / "runtime.lock"
+PINS = ROOT / "requirements"
 COMMANDS = ("calibrate", "inspect", "serve", "top", "evaluate", "doctor", "demo-model")
 LIGHT = ("rich", "safetensors", "pydantic", "numpy", "packaging")
 """What the command line itself asks for, for Pythons without a torch."""
@@ -80,7 +82,7 @@ def build(folder: Path) -> tuple[Path, Path]:
     return sdist, wheel
 
 
-def use(python: str, wheel: Path, folder: Path, index: Sequence[str]) -> str:
+def use(python: str, wheel: Path, folder: Path, index: Sequence[str], cuda_torch: bool) -> str:
     """Install and use the wheel with one Python; what was shown."""
     home = folder / python.replace("/", "-")
     home.mkdir()
@@ -89,15 +91,21 @@ def use(python: str, wheel: Path, folder: Path, index: Sequence[str]) -> str:
     pip = [bin_ / "pip", "install", "--quiet", "--disable-pip-version-check"]
     version = run(bin_ / "python", "--version", cwd=home).strip()
     run(*pip, "--no-deps", wheel, cwd=home)
-    whole = _has_torch(bin_, home, index)
-    print(
-        f"{version}: installing {'all pins' if whole else 'the command line alone: no build of the pinned torch'}",
-        flush=True,
-    )
-    if whole:
-        run(*pip, *index, "--no-deps", "-r", ROOT / "requirements" / "cpu.lock", cwd=home)
-    else:
+    pins = _pins()
+    torch = next(pin for pin in pins if pin.startswith("torch=="))
+    as_pinned = _can_install(bin_, home, index, torch)
+    whole = as_pinned or cuda_torch
+    what = "all pins" if as_pinned else f"no {torch} for it: the build for CUDA" if whole else "the command line alone"
+    print(f"{version}: installing {what}", flush=True)
+    if not whole:
         run(*pip, *LIGHT, cwd=home)
+    else:
+        if not as_pinned:
+            # With what it needs, which is in no file of ours.
+            run(*pip, torch.removesuffix("+cpu"), cwd=home)
+            pins.remove(torch)
+        (home / "pins").write_text("\n".join(pins))
+        run(*pip, *index, "--no-deps", "-r", home / "pins", cwd=home)
     command = bin_ / "vllm-spectral"
     shown = run(command, "--version", cwd=home).strip()
     for name in COMMANDS:
@@ -116,12 +124,18 @@ def use(python: str, wheel: Path, folder: Path, index: Sequence[str]) -> str:
     last = (
         run(bin_ / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=home).strip().splitlines()[-1]
     )
-    return f"{result}; doctor demo; kernels, codec, profiles: {last}"
+    build = "" if as_pinned else f", {torch.removesuffix('+cpu')} for CUDA"
+    return f"{result}; doctor demo; kernels, codec, profiles{build}: {last}"
 
 
-def _has_torch(bin_: Path, home: Path, index: Sequence[str]) -> bool:
-    """Whether the pinned CPU build of torch can be had for this Python."""
-    pin = next(line for line in PINS.read_text().splitlines() if line.startswith("torch=="))
+def _pins() -> list[str]:
+    """All of them, a package each."""
+    lines = (line for name in ("runtime", "cpu") for line in (PINS / f"{name}.lock").read_text().splitlines())
+    return [line for line in lines if re.match(r"\w", line)]
+
+
+def _can_install(bin_: Path, home: Path, index: Sequence[str], pin: str) -> bool:
+    """Whether a build can be had for this Python."""
     argv = [
         bin_ / "pip",
         "install",
@@ -147,6 +161,9 @@ def main() -> int:
     parser.add_argument(
         "--torch-index", default="", help="where torch's CPU build is found, if the package index lacks it"
     )
+    parser.add_argument(
+        "--cuda-torch", action="store_true", help="take torch's build for CUDA where there is none for the CPU"
+    )
     parser.add_argument("--keep", type=Path, help="put sdist and wheel there as well")
     arguments = parser.parse_args()
     index = ["--extra-index-url", arguments.torch_index] if arguments.torch_index else []
@@ -163,7 +180,7 @@ def main() -> int:
             if shutil.which(python) is None:
                 results.append(f"{python}: NOT RUN, it is not installed")
                 continue
-            results.append(use(python, wheel, Path(name), index))
+            results.append(use(python, wheel, Path(name), index, arguments.cuda_torch))
             # One at a time: an environment with torch takes gigabytes.
             shutil.rmtree(Path(name) / python.replace("/", "-"))
     print("\n".join(f"package: {result}" for result in results))

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from vllm_spectral.models.decoder import ABSENT, Decoder, Geometry
-from vllm_spectral.models.support import READ_TYPES, RULES
+from vllm_spectral.models.known import READ_TYPES
+from vllm_spectral.models.rules import RULES
 
 STATED = (
     "num_hidden_layers",

@@ -15,7 +15,8 @@ from vllm_spectral.cli import doctor
 from vllm_spectral.cli.main import main
 from vllm_spectral.models.decoder import Decoder
 from vllm_spectral.models.examples import EXAMPLES, RUN, table
-from vllm_spectral.models.support import RUN_TYPES, Verdict, assess
+from vllm_spectral.models.known import RUN_TYPES
+from vllm_spectral.models.support import Verdict, assess
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 

@@ -9,16 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_spectral.models.decoder import Decoder
-from vllm_spectral.models.support import (
-    READ_TYPES,
-    RULES,
-    RUN_TYPES,
-    SUPPORTED_HEAD_DIMS,
-    UNKNOWN,
-    Support,
-    Verdict,
-    assess,
-)
+from vllm_spectral.models.known import READ_TYPES, RUN_TYPES, SUPPORTED_HEAD_DIMS
+from vllm_spectral.models.rules import RULES, UNKNOWN
+from vllm_spectral.models.support import Support, Verdict, assess
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

@@ -15,7 +15,7 @@ from vllm_spectral.backend.impl import SpectralImpl
 from vllm_spectral.codec.layout import GROUP_TOKENS
 from vllm_spectral.config import UNPROVEN, Mode, SpectralConfig, parse_config
 from vllm_spectral.errors import ConfigError, SpectralError
-from vllm_spectral.models.support import SUPPORTED_HEAD_DIMS
+from vllm_spectral.models.known import SUPPORTED_HEAD_DIMS
 
 logger = init_logger("vllm.spectral")
 

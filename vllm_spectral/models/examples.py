@@ -7,17 +7,9 @@ import textwrap
 from typing import Any
 
 from vllm_spectral.models.decoder import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, POSITIONS, QUERY_HEADS, Decoder
-from vllm_spectral.models.support import (
-    KEY_BIAS_NOTE,
-    READ_TYPES,
-    RULES,
-    RUN_TYPES,
-    SUPPORTED_HEAD_DIMS,
-    UNKNOWN,
-    Support,
-    Verdict,
-    assess,
-)
+from vllm_spectral.models.known import READ_TYPES, RUN_TYPES, SUPPORTED_HEAD_DIMS
+from vllm_spectral.models.rules import RULES, UNKNOWN
+from vllm_spectral.models.support import KEY_BIAS_NOTE, Support, Verdict, assess
 
 RUN = frozenset(RUN_TYPES.values())
 """Models that were served from spectral pages, not only judged."""
@@ -172,7 +164,7 @@ _SIZES = {*LAYERS, *QUERY_HEADS, *KV_HEADS, *HIDDEN, *HEAD_DIM, *POSITIONS, "mod
 _INTRODUCTION = f"""\
 # Models
 
-Written by `vllm-spectral doctor --table`: edit `vllm_spectral/models/support.py` and `examples.py` instead.
+Written by `vllm-spectral doctor --table`: edit `known.py`, `rules.py` and `examples.py` in `vllm_spectral/models` instead.
 
 `vllm-spectral doctor MODEL` gives the verdict on your model, from its own `config.json` and weights. The verdicts below come
 from the configuration fields beside them and from nothing else: **a verdict is not a test**, and whether vLLM itself runs a

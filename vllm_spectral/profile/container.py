@@ -24,7 +24,7 @@ from torch import Tensor
 from vllm_spectral.codec.codebook import MAX_BITS
 from vllm_spectral.codec.layout import SLOT_ALIGNMENT, slot_bytes_for
 from vllm_spectral.errors import ProfileError, ProfileFormatError, ProfileNotFoundError, ProfileVersionError
-from vllm_spectral.models.support import SUPPORTED_HEAD_DIMS
+from vllm_spectral.models.known import SUPPORTED_HEAD_DIMS
 from vllm_spectral.profile.schema import CANARY, CODEBOOKS, FIGURES, SCHEMA_VERSION, BasisKind, tensor_shapes
 
 METADATA_KEY = "vllm_spectral"

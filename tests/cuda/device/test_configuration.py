@@ -28,7 +28,7 @@ from vllm_spectral.backend.metadata import SpectralMetadataBuilder
 from vllm_spectral.config import SpectralConfig
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.models.description import ModelDescription
-from vllm_spectral.models.support import SUPPORTED_HEAD_DIMS
+from vllm_spectral.models.known import SUPPORTED_HEAD_DIMS
 
 Configured = Callable[..., VllmConfig]
 

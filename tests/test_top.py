@@ -17,6 +17,8 @@ from rich.console import Console
 
 from tests.server.bodies import Bodies, fidelity, memory, profile, readiness, traffic
 from vllm_spectral.cli import top
+from vllm_spectral.cli.client import KEY_VARIABLE, Server
+from vllm_spectral.cli.frame import Frame, size, spark, widths
 from vllm_spectral.errors import ConfigError
 
 
@@ -53,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(top.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
     monkeypatch.setenv("COLUMNS", "120")
 
 
@@ -91,7 +93,7 @@ def test_a_frame_holds_the_figures_of_the_routes(server: CannedServer, capsys: p
     frame = capsys.readouterr().out
     cost, flow = memory(), traffic()
     for part in ("used", "cached", "free", "exact_tier", "workspace", "profile", "resident"):
-        assert top.size(getattr(cost, f"{part}_bytes")) in frame, part
+        assert size(getattr(cost, f"{part}_bytes")) in frame, part
     for tokens in (
         cost.capacity_tokens, cost.fp8_capacity_tokens, cost.uncompressed_capacity_tokens, cost.used_tokens,
         cost.cached_tokens, cost.capacity_tokens - cost.used_tokens - cost.cached_tokens, cost.bytes_per_token,
@@ -163,8 +165,8 @@ def test_json_is_what_the_routes_said(server: CannedServer, capsys: pytest.Captu
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
 def test_the_bar_has_the_width_of_the_terminal(width: int, server: CannedServer) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    bodies = top.Server(server.url).bodies()
-    console.print(top.Frame(server.url, bodies).render(console))
+    bodies = Server(server.url).bodies()
+    console.print(Frame(server.url, bodies).render(console))
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     bar = next(line for line in lines if line.startswith("██"))
@@ -176,11 +178,11 @@ def test_the_bar_has_the_width_of_the_terminal(width: int, server: CannedServer)
 @pytest.mark.parametrize("full", [100, 7, 3])
 def test_no_part_of_a_bar_disappears(full: int) -> None:
     sizes = [full, 1e-9, 0, full / 1000]
-    parts = top.widths(sizes, sum(sizes), 20)
+    parts = widths(sizes, sum(sizes), 20)
     assert sum(parts) == 20
     assert parts[1] == parts[3] == 1
     assert parts[2] == 0
-    assert top.widths([0, 0], 0, 20) == [0, 0]
+    assert widths([0, 0], 0, 20) == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -188,13 +190,13 @@ def test_no_part_of_a_bar_disappears(full: int) -> None:
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (150 << 20, "150 MiB"), (3 << 29, "1.50 GiB"), (1 << 60, "1024 PiB")],
 )  # fmt: skip
 def test_sizes(value: int, text: str) -> None:
-    assert top.size(value) == text
+    assert size(value) == text
 
 
 def test_series_leave_gaps() -> None:
-    assert top.spark([0, 7, None, 3.5]) == "▁█ ▅"
-    assert top.spark([0, 0]) == "▁▁"
-    assert top.spark([]) == ""
+    assert spark([0, 7, None, 3.5]) == "▁█ ▅"
+    assert spark([0, 0]) == "▁▁"
+    assert spark([]) == ""
 
 
 # ------------------------------------------------------------------------------------------------------- while it lives
@@ -206,9 +208,9 @@ def test_while_live_a_server_that_is_gone_is_shown_and_asked_again(
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=40, color_system=None)
     steps = iter(["gone", "still gone", "back"])
     frames: list[str] = []
-    render = top.Frame.render
+    render = Frame.render
 
-    def keep(frame: top.Frame, console: Console) -> object:
+    def keep(frame: Frame, console: Console) -> object:
         frames.append(frame.lost or str(frame.bodies["memory"]["used_tokens"]))
         return render(frame, console)
 
@@ -222,9 +224,9 @@ def test_while_live_a_server_that_is_gone_is_shown_and_asked_again(
             case None:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(top.Frame, "render", keep)
+    monkeypatch.setattr(Frame, "render", keep)
     monkeypatch.setattr(time, "sleep", step)
-    assert top._watch(console, top.Server(server.url), 2.0) == 0
+    assert top._watch(console, Server(server.url), 2.0) == 0
     assert frames[0] == str(memory().used_tokens)
     assert "answers 502" in frames[1]
     assert frames[2] == frames[1], "it says since when"

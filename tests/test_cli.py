@@ -156,6 +156,15 @@ def test_help_teaches() -> None:
     assert b"typical use" in result.stdout
 
 
+@pytest.mark.parametrize("command", ["calibrate", "inspect", "serve", "top", "evaluate", "doctor", "demo-model"])
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A lone % in a help text is an error, and only when it is shown."""
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args([command, "--help"])
+    assert stop.value.code == 0
+    assert f"vllm-spectral {command}" in capsys.readouterr().out
+
+
 def test_the_demo_model_is_there() -> None:
     from vllm_spectral.models.demo import demo_model
 

@@ -63,7 +63,7 @@ def add_parser(commands: Any) -> None:
     watch.add_argument(
         "--canary-seconds", metavar="SECONDS", type=number, default=None,
         help="pause between two runs of a fixed prompt whose exact answer is known (60, or longer where that would take more "
-        "than 0.3 % of the time); 0: none, and /ready says no more than that the engine runs",
+        "than 0.3 %% of the time); 0: none, and /ready says no more than that the engine runs",
     )  # fmt: skip
     watch.add_argument(
         "--canary-kl", metavar="NATS", type=number, default=0.25,

@@ -215,6 +215,7 @@ def routed(project: Mapping[str, Project], ports: dict[str, int]) -> str:
         served = prometheus.query("vllm:request_success_total > 0")
         check(len(served) >= 2, "both replicas served")
     (aware, fast), (turns, slow) = figures["cache_aware"], figures["round_robin"]
+    check(aware > 0.5, "routed by prefix, most of the prompts' tokens are found")
     check(aware > turns + 0.05, "routed by prefix, more of the prompts' tokens are found than in turn")
     return f"prefix hits {aware:.0%} by prefix ({fast:.2f} s an answer), {turns:.0%} in turn ({slow:.2f} s)"
 

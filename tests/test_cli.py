@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.packaging.check import COMMANDS
 from vllm_spectral.cli.common import exact_fields
 from vllm_spectral.cli.main import build_parser, main
 from vllm_spectral.models.biases import BiasSurvey, KeyBias
@@ -156,7 +157,7 @@ def test_help_teaches() -> None:
     assert b"typical use" in result.stdout
 
 
-@pytest.mark.parametrize("command", ["calibrate", "inspect", "serve", "top", "evaluate", "doctor", "demo-model"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A lone % in a help text is an error, and only when it is shown."""
     with pytest.raises(SystemExit) as stop:

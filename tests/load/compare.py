@@ -11,6 +11,7 @@ run is a line as it ends, and in the report's JSON from then on.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -112,7 +113,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     loads = [*SCENARIOS, *(f"random prompts, {clients} clients" for clients in climb)]
     rows: dict[str, dict[str, list[Figures]]] = {load: {side: [] for side in SIDES} for load in loads}
     turns = [(turn, number, load) for turn in range(arguments.rounds) for number, load in enumerate(loads)]
-    runs = len(turns) * len(SIDES)
+    runs, number_of_run = len(turns) * len(SIDES), itertools.count(1)
     with (
         both(arguments.profile, arguments.memory, folder) as servers,
         token_bar("loads", runs, sys.stderr.isatty()) as advance,
@@ -128,9 +129,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                         found = closed_loop(server, climb[number - len(SCENARIOS)], 100 * turn + number, folder)
                     rows[load][side].append(found | {"preemptions": preemptions(server) - before})
                 advance(1)
-                done = sum(len(found) for sides in rows.values() for found in sides.values())
-                rate, wait = (rows[load][side][-1][name] for name in ("output_tokens_per_second", "ttft_p99_seconds"))
-                print(f"run {done} of {runs}: {load}, {side}: {rate:.1f} tokens/s, TTFT p99 {wait:.2f} s", flush=True)
+                rate, wait = found["output_tokens_per_second"], found["ttft_p99_seconds"]
+                told = f"{load}, {side}: {rate:.1f} tokens/s, TTFT p99 {wait:.2f} s"
+                print(f"run {next(number_of_run)} of {runs}: {told}", flush=True)
                 save(arguments.output / "report.json", {"rows": rows})
     return {"rows": rows, "climb": climb}
 

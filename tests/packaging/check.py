@@ -70,8 +70,9 @@ def build(folder: Path) -> tuple[Path, Path]:
     run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder)
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
+    isas = re.findall(r"^\s*add_kernels\((\w+)", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
     wanted = (
-        "vllm_spectral/kernels/vllm_spectral_portable.so",
+        *(f"vllm_spectral/kernels/vllm_spectral_{isa}.so" for isa in isas),
         "vllm_spectral_server/static/index.html",
         "vllm_spectral/py.typed",
     )
@@ -94,7 +95,7 @@ def use(python: str, wheel: Path, folder: Path, index: Sequence[str], cuda_torch
     run(*pip, "--no-deps", wheel, cwd=home)
     pins = _pins()
     torch = next(pin for pin in pins if pin.startswith("torch=="))
-    as_pinned = _can_install(bin_, home, index, torch)
+    as_pinned, other_build = _can_install(bin_, home, index, torch), torch.removesuffix("+cpu")
     whole = as_pinned or cuda_torch
     what = "all pins" if as_pinned else f"no {torch} for it: the build for CUDA" if whole else "the command line alone"
     print(f"{version}: installing {what}", flush=True)
@@ -103,7 +104,7 @@ def use(python: str, wheel: Path, folder: Path, index: Sequence[str], cuda_torch
     else:
         if not as_pinned:
             # With what it needs, which is in no file of ours.
-            run(*pip, torch.removesuffix("+cpu"), cwd=home)
+            run(*pip, other_build, cwd=home)
             pins.remove(torch)
         (home / "pins").write_text("\n".join(pins))
         run(*pip, *index, "--no-deps", "-r", home / "pins", cwd=home)
@@ -125,7 +126,7 @@ def use(python: str, wheel: Path, folder: Path, index: Sequence[str], cuda_torch
     last = (
         run(bin_ / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=home).strip().splitlines()[-1]
     )
-    build = "" if as_pinned else f", {torch.removesuffix('+cpu')} for CUDA"
+    build = "" if as_pinned else f", {other_build} for CUDA"
     return f"{result}; doctor demo; kernels, codec, profiles{build}: {last}"
 
 

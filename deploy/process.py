@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 START_SECONDS = 300
 STOP_SECONDS = 60
 _LOG_TAIL = 8000
@@ -40,6 +42,18 @@ class ServerProcess:
         """What it answers to a GET, from JSON; raises ``HTTPError`` if that is an error."""
         with urllib.request.urlopen(self.url + path) as response:
             return json.load(response)
+
+    def descendants(self) -> list[psutil.Process]:
+        """All processes below it."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def resident_bytes(self) -> int:
+        """Of it and all below; pages that several of them share are counted for each."""
+        sizes = []
+        for process in (psutil.Process(self.process.pid), *self.descendants()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                sizes.append(process.memory_info().rss)
+        return sum(sizes)
 
     def signal(self, number: int) -> None:
         """Send a signal to it and all its workers."""

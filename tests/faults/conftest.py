@@ -137,17 +137,6 @@ def account(reference: list[str | None]) -> Account:
     return Account(reference)
 
 
-def descendants(server: ServerProcess) -> list[psutil.Process]:
-    """All processes below the server."""
-    return psutil.Process(server.process.pid).children(recursive=True)
-
-
 def named(server: ServerProcess, title: str) -> psutil.Process:
     """The first of them whose title holds ``title``."""
-    return next(child for child in descendants(server) if title in " ".join(child.cmdline()) or title in child.name())
-
-
-def resident_bytes(server: ServerProcess) -> int:
-    """Of the server and all below."""
-    processes = [psutil.Process(server.process.pid), *descendants(server)]
-    return sum(process.memory_info().rss for process in processes)
+    return next(child for child in server.descendants() if title in " ".join(child.cmdline()) or title in child.name())

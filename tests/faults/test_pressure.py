@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from deploy.process import ServerProcess
-from tests.faults.conftest import ANSWER_TOKENS, Account, Serving, resident_bytes
+from tests.faults.conftest import ANSWER_TOKENS, Account, Serving
 from tests.faults.traffic import CLIENT, Load, ask, company, prompts, wait_until
 
 QUEUE = 32
@@ -122,7 +122,7 @@ def test_overload(serve: Serving, account: Account, texts: list[str], seconds: f
         sizes = []
         while time.monotonic() < end:
             time.sleep(min(5.0, seconds / 10))
-            sizes.append(resident_bytes(server))
+            sizes.append(server.resident_bytes())
         for client in clients:
             client.join()
         start = time.monotonic()

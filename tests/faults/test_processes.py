@@ -10,7 +10,7 @@ import httpx
 import psutil
 
 from deploy.process import ServerProcess, free_port
-from tests.faults.conftest import ANSWER_TOKENS, Account, Serving, descendants, named
+from tests.faults.conftest import ANSWER_TOKENS, Account, Serving, named
 from tests.faults.traffic import Load, Outcome, company, status, wait_until
 
 HANG_SECONDS = 30.0
@@ -60,7 +60,7 @@ def check_kill(
     """``kill -9`` under load: everyone is told, the server stops with an error, and a restarted one answers as before."""
     port = free_port()
     with serve(*flags, port=port, **options) as server, company(server.url):
-        family = [psutil.Process(server.process.pid), *descendants(server)]
+        family = [psutil.Process(server.process.pid), *server.descendants()]
         load = Load(server.url, texts, ANSWER_TOKENS, clients)
         busy(load)
         named(server, title).kill()
@@ -99,7 +99,7 @@ def test_kill_of_the_server(serve: Serving, account: Account, texts: list[str]) 
     """``kill -9`` of the process that clients talk to: the engine does not outlive it."""
     port = free_port()
     with serve(port=port) as server, company(server.url):
-        engine = descendants(server)
+        engine = server.descendants()
         load = Load(server.url, texts, ANSWER_TOKENS, 8)
         busy(load)
         server.process.send_signal(signal.SIGKILL)

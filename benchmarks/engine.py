@@ -82,7 +82,7 @@ def attention_clock(llm: Any) -> list[float]:
 def measure(
     llm: Any, ids: list[int], batch: int, context: int, round_: int, new: int, attention: list[float]
 ) -> dict[str, float]:
-    """Seconds of prefill, and the median of decode steps in which all requests take part, attention's part of them too."""
+    """Seconds of prefill, and the median of decode steps in which all requests take part; attention's part of both too."""
     from vllm import SamplingParams
 
     engine = llm.llm_engine
@@ -95,7 +95,7 @@ def measure(
         llm.generate(cached, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
     for index, prompt in enumerate(prompts):
         engine.add_request(f"{time.time_ns()}-{index}", {"prompt_token_ids": prompt}, parameters)
-    prefill, steps, attended = 0.0, [], []
+    prefill, of_prefill, steps, attended = 0.0, 0.0, [], []
     while engine.has_unfinished_requests():
         start_time, before = time.perf_counter(), attention[0]
         outputs = engine.step()
@@ -105,8 +105,10 @@ def measure(
             attended.append(attention[0] - before)
         elif not steps:
             prefill += taken
+            of_prefill += attention[0] - before
     return {
         "prefill": prefill,
+        "prefill_attention": of_prefill,
         "step": statistics.median(steps[:STEPS]),
         "attention": statistics.median(attended[:STEPS]),
     }
@@ -175,14 +177,12 @@ def main() -> None:
                 what: statistics.median(s[what] / o[what] for s, o in zip(taken["stock"], taken["ours"], strict=True))
                 for what in ("step", "prefill")
             }
-            step, attention = (
-                {name: statistics.median(a[what] for a in answers) for name, answers in taken.items()}
-                for what in ("step", "attention")
-            )
-            sys.stdout.write(f"batch {batch:2d} context {context:5d}, tokens/s (attention of a step): ")
-            for name in sides:
-                parts = f"{attention[name] * 1e3:.1f} of {step[name] * 1e3:.1f} ms"
-                sys.stdout.write(f"{name} {batch / step[name]:7.1f} ({parts}), ")
+            sys.stdout.write(f"batch {batch:2d} context {context:5d}, tokens/s (attention of a step, of prefill): ")
+            for name, answers in taken.items():
+                of = {what: 1e3 * statistics.median(a[what] for a in answers) for what in answers[0]}
+                decode = f"{of['attention']:.1f} of {of['step']:.1f}"
+                prefill = f"{of['prefill_attention']:.0f} of {of['prefill']:.0f}"
+                sys.stdout.write(f"{name} {1e3 * batch / of['step']:7.1f} ({decode} ms, {prefill} ms), ")
             sys.stdout.write(f"ratio {ratio['step']:.2f}; prefill ratio {ratio['prefill']:.2f}\n")
             sys.stdout.flush()
             results.append({"batch": batch, "context": context, "seconds": taken, "ratio": ratio})

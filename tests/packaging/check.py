@@ -3,7 +3,8 @@
     python -m tests.packaging.check --pythons python3.11 python3.12 python3.13
 
 For every Python the commands answer and the kernels load. Where torch and vLLM can be installed as pinned, `doctor demo`
-judges the embedded model, and the tests of kernels, codec and profiles run on the installed package. Where torch's CPU build
+judges the embedded model, the server answers from a profile made there, and the tests of kernels, codec and profiles run on
+the installed package. Where torch's CPU build
 is not to be had, --cuda-torch takes the other build of the same version, which computes on the CPU as well and brings
 gigabytes of CUDA with it; without that flag the last line says so, and that Python is shown to install, and no more.
 """
@@ -38,6 +39,20 @@ machine = portable.vs_machine_isas().decode().split(",")
 names = {path.stem.removeprefix("vllm_spectral_") for path in found}
 assert portable.vs_isa() == b"portable" and set(machine) <= names, (machine, names)
 print(f"{len(found)} kernel libraries; this machine runs {', '.join(machine)}")
+"""
+SERVES = """
+import json, subprocess, urllib.request
+from pathlib import Path
+from deploy.process import command, running
+subprocess.run(command("calibrate", "demo", "-o", "here.spectral", "--preset", "instant"), check=True)
+argv = command("serve", "demo", "--profile", "here.spectral", "--kv-cache-memory-bytes", "64M", "--max-model-len", "2048")
+with running(argv, Path("log")) as server:
+    body = {"model": "demo", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/v1/completions", json.dumps(body).encode(), headers)
+    text = json.load(urllib.request.urlopen(request))["choices"][0]["text"]
+    assert "Paris" in text, text
+    print(f"{server.get('/v1/kv_cache/memory')['capacity_tokens']} tokens in 64 MiB, and {text!r}")
 """
 
 
@@ -118,6 +133,9 @@ def use(python: str, wheel: Path, folder: Path, index: Sequence[str], cuda_torch
         return result + "; torch and vLLM: NOT RUN"
     verdict = run(command, "doctor", "demo", cwd=home)
     assert "demo" in verdict or "llama" in verdict
+    (home / "deploy").mkdir()
+    shutil.copy(ROOT / "deploy" / "process.py", home / "deploy")
+    served = run(bin_ / "python", "-c", SERVES, cwd=home).strip().splitlines()[-1]
     (home / "tests").mkdir()
     for name in HELPERS:
         source = ROOT / "tests" / name
@@ -127,7 +145,7 @@ def use(python: str, wheel: Path, folder: Path, index: Sequence[str], cuda_torch
         run(bin_ / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=home).strip().splitlines()[-1]
     )
     build = "" if as_pinned else f", {other_build} for CUDA"
-    return f"{result}; doctor demo; kernels, codec, profiles{build}: {last}"
+    return f"{result}; doctor demo; served: {served}; kernels, codec, profiles{build}: {last}"
 
 
 def _pins() -> list[str]:

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.kernels PROFILE [--json FILE]``. Every side walks through several caches that together exceed the last
 cache level. Keys and values are drawn from the profile's own spectra, so that every width of field occurs as often as in
-service; head_dim 128 is two heads of 64 side by side. Correctness comes first: each case is compared with the reference.
+service; head_dim 128 is two heads of 64 side by side. Our side reads the exact tier as well, with the default window.
+Correctness comes first: each case is compared with the reference.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from benchmarks.measure import beyond_cache, interleaved, ratios, save, spread
+from vllm_spectral.backend.exact_tier import ExactTier, LayerCopies
 from vllm_spectral.codec.attention import paged_attention
-from vllm_spectral.kernels.interface import Requests
+from vllm_spectral.exact.directory import ExactDirectory, StepPlan
+from vllm_spectral.exact.window import ExactWindow, copy_bytes, group_tokens
+from vllm_spectral.kernels.interface import Exact, Requests
 from vllm_spectral.kernels.layer import NativeLayer
 from vllm_spectral.kernels.library import ISA_VARIABLE, isas, library
 from vllm_spectral.profile.schema import LayerProfile, Profile
@@ -69,6 +74,36 @@ def sample(basis: Tensor, spectrum: Tensor, seed: int) -> Tensor:
     """``[SAMPLE, heads, dim]`` bf16 with the given second moment."""
     draw = torch.randn(SAMPLE, *spectrum.shape, generator=torch.Generator().manual_seed(seed)) * spectrum.sqrt()
     return torch.einsum("thc,hdc->thd", draw, basis).bfloat16()
+
+
+def exact_tier(case: Case) -> ExactTier:
+    """Room for the windows of all of a case's requests in one layer."""
+    window, size = ExactWindow(), group_tokens(BLOCK)
+    entries = case.batch * window.entries_per_request(size)
+    return ExactTier(ExactDirectory(window, entries, BLOCK), copy_bytes(case.heads, case.dim), 1)
+
+
+def plan_step(tier: ExactTier, table: Tensor, context: int, queries: int) -> StepPlan:
+    """The plan of a step in which every request has so many queries, all tokens before having been computed.
+
+    Args:
+        table: ``[num_requests, num_blocks]`` int32.
+        context: tokens of a request after the step.
+        queries: tokens of the step.
+    """
+    count = len(table)
+    for start, end in ((0, context - queries), (context - queries, context)):
+        positions = torch.arange(start, end)
+        slots = table[:, positions // BLOCK].long() * BLOCK + positions % BLOCK
+        lens, tokens = np.full(count, end), np.full(count, end - start)
+        plan = tier.directory.step(table.numpy(), lens, tokens, slots.flatten().numpy())
+    return plan
+
+
+def exact_of(tier: ExactTier, plan: StepPlan) -> Exact:
+    """A plan, as kernels take it."""
+    window = tier.directory.window
+    return Exact(plan.write_tokens, plan.write_rows, plan.rows, window.first, window.recent)
 
 
 def stock_attention(
@@ -119,30 +154,40 @@ class Bench:
         self.pages = [first, *(first.clone() for _ in range(count - 1))]
         self.query = torch.randn(case.batch, case.heads * case.group, case.dim).bfloat16()
         self.output = torch.empty_like(self.query)
-        self.keys = keys[: case.batch]
+        self.keys = keys[: case.batch]  # of the step's own tokens
         starts = torch.arange(case.batch + 1, dtype=torch.int32)
-        self.requests = Requests(self.table, starts, torch.full((case.batch,), case.context, dtype=torch.int32))
+        self.tier = exact_tier(case)
+        self.plan = plan_step(self.tier, self.table, case.context, 1)
+        lens = torch.full((case.batch,), case.context, dtype=torch.int32)
+        self.requests = Requests(self.table, starts, lens, exact=exact_of(self.tier, self.plan))
+        self.copies = [LayerCopies(self.tier, case.heads, case.dim, torch.device("cpu")) for _ in self.pages]
+        for copies in self.copies:
+            copies.keys.normal_()
+            copies.values.normal_()
         self.scale = case.dim**-0.5
 
     def check(self) -> float:
         """Relative error against the reference on the same bytes; a kernel that is wrong is not timed."""
-        self.attend(self.pages[0])
+        self.attend(self.pages[0], self.copies[0])
+        own = self.keys[:1]
+        exact = self.copies[0].read(self.plan, 0, self.case.context, own, own)
         expected = paged_attention(
-            self.query[:1], self.pages[0], self.table[0], self.case.context, self.codec, self.scale
+            self.query[:1], self.pages[0], self.table[0], self.case.context, self.codec, self.scale, exact
         )
         error = float((self.output[:1].float() - expected).norm() / expected.norm())
         if not error < (0.04 if "vnni" in self.isa or "amx" in self.isa else 0.02):
             raise SystemExit(f"{self.case}: wrong by {error:.1e}")
         return error
 
-    def attend(self, pages: Tensor) -> None:
+    def attend(self, pages: Tensor, copies: LayerCopies) -> None:
         """One step of every request over one of the caches."""
-        self.native.attend(self.query, self.keys, self.keys, pages, self.requests, self.output, self.scale)
+        query, own = self.query, self.keys
+        self.native.attend(query, own, own, pages, self.requests, self.output, self.scale, copies.pool)
 
     def ours(self) -> Callable[[], None]:
         """Our kernel, a cache after the other."""
-        pages = itertools.cycle(self.pages)
-        return lambda: self.attend(next(pages))
+        caches = itertools.cycle(zip(self.pages, self.copies, strict=True))
+        return lambda: self.attend(*next(caches))
 
     def read(self) -> Callable[[], int]:
         """Nothing but reading the same bytes, with as many threads."""

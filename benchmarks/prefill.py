@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.prefill PROFILE [--isa ...] [--json FILE]``. Whole prompts, and the last chunk of one whose rest is in
 the pages already, as after a chunk or a prefix hit. Instruction sets that are named are run side by side. Keys and values are
-drawn from the profile's own spectra. Gated: the last query's output must have the bits that decoding it gives.
+drawn from the profile's own spectra; our side writes and reads the exact tier as well, with the default window. Gated: the
+last query's output must have the bits that decoding it gives.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from benchmarks.kernels import BLOCK, Bench, Case, sample, stock_attention
+from benchmarks.kernels import BLOCK, Bench, Case, exact_of, exact_tier, plan_step, sample, stock_attention
 from benchmarks.measure import interleaved, ratios, save, spread
+from vllm_spectral.backend.exact_tier import LayerCopies
 from vllm_spectral.kernels.interface import Requests
 from vllm_spectral.kernels.layer import NativeLayer
 from vllm_spectral.kernels.library import ISA_VARIABLE, isas, library
@@ -43,20 +46,31 @@ class Prefill:
         positions = torch.arange(case.context - queries, case.context)
         self.slots = bench.table[0][positions // BLOCK].long() * BLOCK + positions % BLOCK
         starts = torch.tensor([0, queries], dtype=torch.int32)
-        self.requests = Requests(bench.table, starts, torch.tensor([case.context], dtype=torch.int32))
+        self.lens = torch.tensor([case.context], dtype=torch.int32)
+        tier = exact_tier(case)
+        plan = plan_step(tier, bench.table, case.context, queries)
+        self.requests = Requests(bench.table, starts, self.lens, self.slots, exact_of(tier, plan))
+        # The last token alone, the others being there.
+        alone = tier.directory.step(bench.table.numpy(), self.lens.numpy(), np.ones(1, int), self.slots[-1:].numpy())
+        self.last = Requests(
+            bench.table, torch.tensor([0, 1], dtype=torch.int32), self.lens, self.slots[-1:], exact_of(tier, alone)
+        )
+        self.pool = LayerCopies(tier, case.heads, case.dim, torch.device("cpu")).pool
+        self.pool.keys.normal_()
+        self.pool.values.normal_()
 
     def ours(self, isa: str) -> Callable[[], None]:
         """Store, then attend, by an instruction set; checked first."""
         bench, native = self.bench, NativeLayer(self.bench.codec, library({ISA_VARIABLE: isa}))
 
         def run() -> None:
-            native.store(self.keys, self.values, bench.pages[0], self.slots)
-            native.attend(self.query, self.keys, self.values, bench.pages[0], self.requests, self.output, bench.scale)
+            native.attend(
+                self.query, self.keys, self.values, bench.pages[0], self.requests, self.output, bench.scale, self.pool
+            )
 
         run()
         alone, last = torch.empty_like(self.query[-1:]), self.query[-1:].contiguous()
-        one = Requests(bench.table, torch.tensor([0, 1], dtype=torch.int32), self.requests.context_lens)
-        native.attend(last, self.keys[-1:], self.values[-1:], bench.pages[0], one, alone, bench.scale)
+        native.attend(last, self.keys[-1:], self.values[-1:], bench.pages[0], self.last, alone, bench.scale, self.pool)
         if not torch.equal(alone, self.output[-1:]):
             raise SystemExit(f"{bench.case}, {self.queries} queries, {isa}: decoding gives other bits")
         return run

@@ -22,6 +22,9 @@ from vllm_spectral_server.monitor import Monitor
 from vllm_spectral_server.relay import Relay, answering, relaying
 from vllm_spectral_server.scheduler_view import COUNTS, SchedulerView
 
+LINGER_SECONDS = 5
+"""After the last answer was made, for clients to read it: one that does not is cut off."""
+
 
 @dataclass(frozen=True)
 class Watch:
@@ -108,6 +111,7 @@ async def run(args: Namespace, sock: Any, settings: Settings, profile: Profile |
             log_level=args.uvicorn_log_level,
             access_log=not args.disable_uvicorn_access_log,
             timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+            timeout_graceful_shutdown=LINGER_SECONDS,
             ssl_keyfile=args.ssl_keyfile,
             ssl_certfile=args.ssl_certfile,
             ssl_ca_certs=args.ssl_ca_certs,

@@ -337,6 +337,8 @@ class Monitor:
         steps, asked = -1, 0.0
         while not self.engine.errored:
             await asyncio.sleep(POLL_SECONDS)
+            if self.engine.stopping:
+                return
             if self.view.steps == steps and time.monotonic() < asked + IDLE_SECONDS:
                 continue
             steps, asked = self.view.steps, time.monotonic()
@@ -350,6 +352,8 @@ class Monitor:
             return
         while not self.engine.errored:
             await asyncio.sleep(self.canary.pause)
+            if self.engine.stopping:
+                return
             before = self.canary.state
             try:
                 await asyncio.wait_for(self.canary.run(self._look), max(STALE_RUNS * self.canary.pause, STALE_SECONDS))

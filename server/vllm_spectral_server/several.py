@@ -18,10 +18,10 @@ from typing import Any
 
 from vllm_spectral.backend.scheduler import WATCHER, use_spectral_scheduler
 from vllm_spectral.config import parse_config
-from vllm_spectral_server.front_end import Seat, Settings, engine_arguments, engine_config, run
+from vllm_spectral_server.front_end import LINGER_SECONDS, Seat, Settings, engine_arguments, engine_config, run
 from vllm_spectral_server.scheduler_view import COUNTS
 
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 5.0 + LINGER_SECONDS
 """What a front end gets to end in, after the requests in flight had their time."""
 
 

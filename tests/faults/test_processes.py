@@ -128,3 +128,19 @@ def test_sigterm_finishes_what_is_in_flight(serve: Serving, account: Account, te
     assert [outcome.status for outcome in finished] == [200] * 10, "nothing that was in flight is lost"
     padded = [*outcomes, *(Outcome(None, 0, 0.0) for _ in texts[8:])]
     account.add("SIGTERM", f"10 in flight all answered, a new one 503; stopped after {seconds:.1f} s", [padded])
+
+
+def test_sigterm_leaves_nobody_waiting(serve: Serving, account: Account, texts: list[str]) -> None:
+    """Requests that take longer than ``--shutdown-timeout``, and a stream whose client does not read: all is over in time."""
+    with serve("--shutdown-timeout", "3") as server:
+        asked = {"model": "demo", "prompt": texts[2], "max_tokens": 1900, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=asked, timeout=60):
+            load = Load(server.url, texts[:2], 1900)
+            wait_until(lambda: running_requests(server) == 3, 30, "all requests run")
+            server.process.send_signal(signal.SIGTERM)
+            start = time.monotonic()
+            outcomes = load.outcomes()
+            assert server.process.wait(30) == 0
+            seconds = time.monotonic() - start
+    assert [outcome.status for outcome in outcomes] == [503, 503] and all(o.retry_after for o in outcomes), outcomes
+    account.add("SIGTERM, no time", f"{summary(outcomes)} with Retry-After; stopped after {seconds:.1f} s", [])

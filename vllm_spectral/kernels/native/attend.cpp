@@ -35,9 +35,10 @@ void look_at(const Work& w, Tile& tile, int g) {
   tile.any_paged[g] = tile.whole[g] ? ~0u : 0;
   tile.any_exact[g] = 0;
   for (int64_t r = 0; r < w.rows && !tile.whole[g]; r++) {
-    const uint32_t visible = w.seen(r, first), read = visible & copies & w.near(r, first);
-    tile.any_exact[g] |= read;
-    tile.any_paged[g] |= visible & ~read;
+    const uint32_t seen = w.scratch.seen[r * kTileGroups + g] = w.seen(r, first);
+    const uint32_t exact = w.scratch.exact[r * kTileGroups + g] = seen & copies & w.near(r, first);
+    tile.any_exact[g] |= exact;
+    tile.any_paged[g] |= seen & ~exact;
   }
 }
 

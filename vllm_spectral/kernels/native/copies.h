@@ -4,6 +4,12 @@
 
 namespace {
 
+// Of so many rows that are left, those that meet copies together.
+inline int64_t together(int64_t left) {
+  if (vs::kMatrices) return std::min<int64_t>(vs::kMatrixRows, left);
+  return left >= 8 ? 8 : std::min<int64_t>(left, 4);
+}
+
 // Copies the i-th of the step's tokens that the plan keeps.
 inline void write_copy(const Layer& layer, const StepCall& call, int64_t i, float* line) {
   for (int64_t head = 0; head < layer.heads; head++) {
@@ -69,45 +75,8 @@ inline void copies_of(Work& w, const Tile& tile, int g, bool keys, const uint16_
   }
 }
 
-// Puts a row's scores of half a group's copies over those of pages where it reads them.
-VS_INLINE void put_scores(Work& w, int64_t row, v16f scores, uint32_t mask, int64_t first, int g, int h) {
-  const uint32_t read = w.seen(row, first) >> h * vs::kHalf & mask & w.near(row, first) >> h * vs::kHalf;
-  float* at = w.scratch.scores + row * kTile + g * vs::kGroup + h * vs::kHalf;
-  store(at, select(lanes(read), scores * w.score_scale, load(at)));
-}
-
-// Up to R rows over half a group: a vector of sums holds all of them for as many tokens as it has room for.
-template <int R>
-void exact_rows(Work& w, const uint16_t* const* keys, uint32_t mask, int64_t start, int64_t first, int g, int h) {
-  constexpr int kTokens = 16 / R;
-  const int64_t parts = padded(w.dim) / 32, last = w.rows - 1;
-  alignas(64) float scores[R][16];
-  for (int t = 0; t < 16; t += kTokens) {
-    if (!(mask >> t & ((1u << kTokens) - 1))) continue;
-    v16f products_of[16];  // [row][token]
-    clear<16>(products_of);
-    for (int64_t part = 0; part < parts; part++) {
-      Pair query[R];
-#pragma GCC unroll 4
-      for (int i = 0; i < R; i++) query[i] = w.queries.exact[std::min(start + i, last) * parts + part];
-#pragma GCC unroll 16
-      for (int k = 0; k < kTokens; k++) {
-        const Pair key = Pairs::of_bf16(channels(keys[t + k], part, w.dim));
-#pragma GCC unroll 4
-        for (int i = 0; i < R; i++) products_of[i * kTokens + k] = Pairs::dot(products_of[i * kTokens + k], key, query[i]);
-      }
-    }
-    if (!start) w.next.copies(kTokens);
-    alignas(64) float found[16];
-    store(found, sums(products_of));
-#pragma GCC unroll 4
-    for (int i = 0; i < R; i++) memcpy(&scores[i][t], found + i * kTokens, kTokens * sizeof(float));
-  }
-  for (int i = 0; i < R && start + i < w.rows; i++) put_scores(w, start + i, load(scores[i]), mask, first, g, h);
-}
-
-// All rows over half a group by matrices of keys, channels by tokens.
-inline void matrix_exact_rows(Work& w, const uint16_t* const* keys, uint32_t mask, int64_t first, int g, int h) {
+// Half a group's copied keys into the scratch, as a matrix of pairs of channels by tokens; the next item's copies are fetched meanwhile.
+inline void turn_keys(Work& w, const uint16_t* const* keys) {
   const int64_t parts = padded(w.dim) / 32;
   for (int64_t part = 0; part < parts; part++) {
     v16u rows[16];
@@ -115,72 +84,105 @@ inline void matrix_exact_rows(Work& w, const uint16_t* const* keys, uint32_t mas
     for (int t = 0; t < 16; t++) rows[t] = channels(keys[t], part, w.dim);
     transpose(rows);
 #pragma GCC unroll 16
-    for (int k = 0; k < 16; k++) w.scratch.some_quads[part * 16 + k] = (Quad)rows[k];
-    w.next.copies(static_cast<int>(16 / parts));
+    for (int k = 0; k < 16; k++) w.scratch.copied[part * 16 + k] = Pairs::of_bf16(rows[k]);
+    w.next.copies(static_cast<int>(8 / parts));
   }
-  for (int64_t start = 0; start < w.rows; start += vs::kMatrixRows) {
-    Matrices::pairs(w.queries.exact + start * parts, parts * sizeof(Pair), w.scratch.some_quads, parts, w.scratch.block);
-    for (int64_t r = start; r < std::min(start + vs::kMatrixRows, w.rows); r++)
-      put_scores(w, r, load(w.scratch.block + 16 * (r - start)), mask, first, g, h);
+}
+
+// Puts a row's scores of half a group's copies over those of pages where it reads them.
+VS_INLINE void put_scores(Work& w, int64_t row, v16f scores, int g, int h) {
+  const uint32_t read = w.scratch.exact[row * kTileGroups + g] >> h * vs::kHalf;
+  float* at = w.scratch.scores + row * kTile + g * vs::kGroup + h * vs::kHalf;
+  store(at, select(lanes(read), scores * w.score_scale, load(at)));
+}
+
+// R rows over half a group: lanes are tokens. Even and odd pairs of channels are summed apart, because each sum waits for itself.
+template <int R>
+void exact_rows(Work& w, int64_t start, int g, int h) {
+  const int64_t parts = padded(w.dim) / 32;
+  const Pair* query = w.queries.exact + start * parts;
+  v16f sums_of[R][2];
+  clear<2 * R>(&sums_of[0][0]);
+  for (int64_t k = 0; k < 16 * parts; k += 2) {
+    const Pair even = w.scratch.copied[k], odd = w.scratch.copied[k + 1];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+      sums_of[i][0] = Pairs::dot(sums_of[i][0], even, Pairs::broadcast(Pairs::member(query + i * parts, k)));
+      sums_of[i][1] = Pairs::dot(sums_of[i][1], odd, Pairs::broadcast(Pairs::member(query + i * parts, k + 1)));
+    }
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; i++) put_scores(w, start + i, sums_of[i][0] + sums_of[i][1], g, h);
 }
 
 // Scores of copies, where a row reads them, over those of pages.
 inline void exact_scores(Work& w, const Tile& tile, int g) {
-  const uint16_t* rows[vs::kGroup];
-  copies_of(w, tile, g, true, rows);
+  const uint16_t* keys[vs::kGroup];
+  copies_of(w, tile, g, true, keys);
   for (int h = 0; h < 2; h++) {
     const uint32_t half = tile.any_exact[g] >> h * vs::kHalf & 0xffff;
     if (!half) continue;
-    const uint16_t* const* at = rows + h * vs::kHalf;
-    if (vs::kMatrices) {
-      matrix_exact_rows(w, at, half, tile.first(g), g, h);
-      continue;
-    }
-    for (int64_t r = 0; r < w.rows;) {
-      switch (w.rows - r) {
-        case 1: exact_rows<1>(w, at, half, r, tile.first(g), g, h); r += 1; break;
-        case 2: exact_rows<2>(w, at, half, r, tile.first(g), g, h); r += 2; break;
-        default: exact_rows<4>(w, at, half, r, tile.first(g), g, h); r += 4;
+    turn_keys(w, keys + h * vs::kHalf);
+    for (int64_t start = 0, count; start < w.rows; start += count) {
+      count = together(w.rows - start);
+      if (!(w.near_some(start, count, tile.first(g)) >> h * vs::kHalf & half)) continue;
+      if (vs::kMatrices) {
+        const int64_t parts = padded(w.dim) / 32;
+        Matrices::pairs(w.queries.exact + start * parts, parts * sizeof(Pair), w.scratch.copied, parts, w.scratch.block);
+        for (int64_t i = 0; i < count; i++) put_scores(w, start + i, load(w.scratch.block + 16 * i), g, h);
+        continue;
+      }
+      switch (count) {
+        case 1: exact_rows<1>(w, start, g, h); break;
+        case 2: exact_rows<2>(w, start, g, h); break;
+        case 3: exact_rows<3>(w, start, g, h); break;
+        case 4: exact_rows<4>(w, start, g, h); break;
+        default: exact_rows<8>(w, start, g, h);
       }
     }
   }
 }
 
-// 32 channels of two tokens as pairs of tokens: of the even channels, and of the odd ones.
-struct TokenPairs {
-  v16u even, odd;
-};
-VS_INLINE TokenPairs token_pairs(const uint16_t* const* values, int t, int64_t part, int64_t dim) {
-  const v16u a = channels(values[t], part, dim), b = channels(values[16 + t], part, dim);
-  return {(a & 0xffffu) | b << 16, a >> 16 | (b & 0xffff0000u)};
+// A group's copied values into the scratch, as pairs of tokens, t and 16 + t: of each 32 channels the even ones, 16 vectors, then
+// the odd ones.
+inline void pair_values(Work& w, const uint16_t* const* values, uint32_t tokens) {
+  for (int64_t part = 0; part < padded(w.dim) / 32; part++) {
+    Pair* to = w.scratch.copied + part * 32;
+    for (uint32_t left = tokens; left; left &= left - 1) {
+      const int t = __builtin_ctz(left);
+      if (!part) w.next.copies(1);
+      const v16u a = channels(values[t], part, w.dim), b = channels(values[16 + t], part, w.dim);
+      to[t] = Pairs::of_bf16((a & 0xffffu) | b << 16);
+      to[16 + t] = Pairs::of_bf16(a >> 16 | (b & 0xffff0000u));
+    }
+  }
 }
 
 // R rows' outputs of a group's copies: pairs of tokens, channels in lanes.
 template <int R>
-void add_copies(Work& w, const uint16_t* const* values, uint32_t tokens, int64_t first, int g, State& state) {
+void add_copies(Work& w, uint32_t tokens, int64_t first, int g, State& state) {
   const int64_t parts = padded(w.dim) / 32;
   const PairScalar* weights = w.scratch.exact_pairs + (first * kTileGroups + g) * 16;
   for (int64_t part = 0; part < parts; part++) {
     float* out = state.plain(first) + part * 32;
+    const Pair* values = w.scratch.copied + part * 32;
     v16f even[R], odd[R];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < R; i++) {
       even[i] = load(out + i * state.width);
       odd[i] = load(out + i * state.width + 16);
     }
     for (uint32_t left = tokens; left; left &= left - 1) {
       const int t = __builtin_ctz(left);
-      const TokenPairs pairs = token_pairs(values, t, part, w.dim);
-      const Pair low = Pairs::of_bf16(pairs.even), high = Pairs::of_bf16(pairs.odd);
-#pragma GCC unroll 4
+      const Pair low = values[t], high = values[16 + t];
+#pragma GCC unroll 8
       for (int i = 0; i < R; i++) {
         const Pair weight = Pairs::broadcast(weights[i * kTileGroups * 16 + t]);
         even[i] = Pairs::dot(even[i], low, weight);
         odd[i] = Pairs::dot(odd[i], high, weight);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < R; i++) {
       store(out + i * state.width, even[i]);
       store(out + i * state.width + 16, odd[i]);
@@ -188,44 +190,40 @@ void add_copies(Work& w, const uint16_t* const* values, uint32_t tokens, int64_t
   }
 }
 
-// All rows' outputs of a group's copies by matrices of values, tokens by channels.
-inline void matrix_add_copies(Work& w, const uint16_t* const* values, int g, State& state) {
-  Quad *even = w.scratch.some_quads, *odd = even + vs::kMatrixRows;
-  for (int64_t part = 0; part < padded(w.dim) / 32; part++) {
-#pragma GCC unroll 16
-    for (int t = 0; t < 16; t++) {
-      const TokenPairs pairs = token_pairs(values, t, part, w.dim);
-      even[t] = (Quad)pairs.even;
-      odd[t] = (Quad)pairs.odd;
-    }
-    for (int64_t start = 0; start < w.rows; start += vs::kMatrixRows)
-      for (int half = 0; half < 2; half++) {
-        Matrices::pairs(w.scratch.exact_pairs + (start * kTileGroups + g) * 16, kTileGroups * sizeof(Pair), half ? odd : even, 1,
-                        w.scratch.block);
-        for (int64_t r = start; r < std::min(start + vs::kMatrixRows, w.rows); r++) {
-          float* out = state.plain(r) + part * 32 + half * 16;
-          store(out, load(out) + load(w.scratch.block + 16 * (r - start)));
-        }
+// Up to 16 rows' outputs of a group's copies by matrices of values, tokens by channels.
+inline void matrix_add_copies(Work& w, int64_t first, int64_t count, int g, State& state) {
+  for (int64_t part = 0; part < padded(w.dim) / 32; part++)
+    for (int odd = 0; odd < 2; odd++) {
+      const PairScalar* weights = w.scratch.exact_pairs + (first * kTileGroups + g) * 16;
+      Matrices::pairs(reinterpret_cast<const Pair*>(weights), kTileGroups * sizeof(Pair),
+                      w.scratch.copied + part * 32 + odd * 16, 1, w.scratch.block);
+      for (int64_t i = 0; i < count; i++) {
+        float* out = state.plain(first + i) + part * 32 + odd * 16;
+        store(out, load(out) + load(w.scratch.block + 16 * i));
       }
-  }
+    }
 }
 
 inline void exact_outputs(Work& w, const Tile& tile, State& state) {
   for (int g = 0; g < tile.groups; g++) {
     if (!tile.any_exact[g]) continue;
-    const uint16_t* rows[vs::kGroup];
-    copies_of(w, tile, g, false, rows);
-    if (vs::kMatrices) {
-      matrix_add_copies(w, rows, g, state);
-      continue;
-    }
-    const uint32_t tokens = (tile.any_exact[g] | tile.any_exact[g] >> 16) & 0xffff;
-    for (int64_t r = 0; r < w.rows;) {
-      switch (w.rows - r) {
-        case 1: add_copies<1>(w, rows, tokens, r, g, state); r += 1; break;
-        case 2: add_copies<2>(w, rows, tokens, r, g, state); r += 2; break;
-        case 3: add_copies<3>(w, rows, tokens, r, g, state); r += 3; break;
-        default: add_copies<4>(w, rows, tokens, r, g, state); r += 4;
+    const uint16_t* values[vs::kGroup];
+    copies_of(w, tile, g, false, values);
+    // Of matrices all: their rows must be numbers.
+    pair_values(w, values, vs::kMatrices ? 0xffff : (tile.any_exact[g] | tile.any_exact[g] >> 16) & 0xffff);
+    for (int64_t start = 0, count; start < w.rows; start += count) {
+      count = together(w.rows - start);
+      const uint32_t some = w.near_some(start, count, tile.first(g)) & tile.any_exact[g], tokens = (some | some >> 16) & 0xffff;
+      if (vs::kMatrices) {
+        if (tokens) matrix_add_copies(w, start, count, g, state);
+        continue;
+      }
+      switch (count) {
+        case 1: add_copies<1>(w, tokens, start, g, state); break;
+        case 2: add_copies<2>(w, tokens, start, g, state); break;
+        case 3: add_copies<3>(w, tokens, start, g, state); break;
+        case 4: add_copies<4>(w, tokens, start, g, state); break;
+        default: add_copies<8>(w, tokens, start, g, state);
       }
     }
   }

@@ -12,7 +12,7 @@ constexpr bool kQuads = true;
 constexpr bool kQuads = false;
 #endif
 // Whether matrices are multiplied by tiles, many rows with quads and all rows with bases; see matrices.h.
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(VS_QUADS)
+#if (defined(__AMX_INT8__) && defined(__AMX_BF16__) || defined(VS_EMULATE_TILES)) && defined(__AVX512BF16__) && defined(VS_QUADS)
 #define VS_MATRICES
 constexpr bool kMatrices = true;
 #else

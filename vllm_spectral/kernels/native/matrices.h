@@ -5,7 +5,9 @@
 // Of bytes, A is [rows, bytes], row-major. B's rows hold four bytes of each of 16 columns: of keys, columns are tokens and the four are
 // channels, which is how quads are expanded; of values, columns are channels and the four are tokens.
 #pragma once
+#include "pairs.h"
 #include "quads.h"
+#include "tiles.h"
 
 namespace {
 
@@ -135,11 +137,11 @@ class Matrices {
   }
 
   // out[16, 16] = a[16, 32 * steps] * b[32 * steps, 16], of bf16; a step of a's rows is 64 bytes, one of b's 16 vectors of pairs.
-  static VS_INLINE void pairs(const void* a, int64_t row_bytes, const Quad* b, int64_t steps, float* out) {
+  static VS_INLINE void pairs(const Pair* a, int64_t row_bytes, const Pair* b, int64_t steps, float* out) {
     settle();
     _tile_zero(0);
     for (int64_t step = 0; step < steps; step++) {
-      _tile_loadd(4, static_cast<const uint8_t*>(a) + step * vs::kVectorBytes, row_bytes);
+      _tile_loadd(4, a + step, row_bytes);
       _tile_loadd(5, b + step * vs::kMatrixRows, vs::kVectorBytes);
       _tile_dpbf16ps(0, 4, 5);
     }
@@ -193,7 +195,7 @@ class Matrices {
   static VS_INLINE void scores(const uint32_t*, const Quad*, int64_t, int64_t, Quad*) {}
   static VS_INLINE void outputs(const uint8_t*, int64_t, const Quad*, int64_t, int64_t, bool, Quad*) {}
   static VS_INLINE void rotate(const uint16_t*, const uint16_t*, int64_t, const uint16_t*, const uint16_t*, int64_t, float*) {}
-  static VS_INLINE void pairs(const void*, int64_t, const Quad*, int64_t, float*) {}
+  static VS_INLINE void pairs(const Pair*, int64_t, const Pair*, int64_t, float*) {}
   static VS_INLINE void split(v16f, uint16_t*, uint16_t*) {}
   static VS_INLINE void transpose(const Quad*, Quad*) {}
 };

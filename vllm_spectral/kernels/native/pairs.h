@@ -45,6 +45,12 @@ struct Pairs {
   // From the 32 bits of two bf16 numbers.
   static VS_INLINE Value of_bf16(v16u both) { return both; }
   static VS_INLINE void spread(const Value& value, Scalar* to) { memcpy(to, &value, 64); }
+  // The k-th pair of some vectors in memory.
+  static VS_INLINE Scalar member(const Value* values, int64_t k) {
+    Scalar pair;
+    memcpy(&pair, reinterpret_cast<const uint32_t*>(values) + k, 4);
+    return pair;
+  }
 
  private:
   static Value wide(const uint32_t* table, int bits, __m512i index) {
@@ -87,6 +93,7 @@ struct Pairs {
   static VS_INLINE void spread(const Value& value, Scalar* to) {
     for (int i = 0; i < 16; i++) to[i] = {value.even[i], value.odd[i]};
   }
+  static VS_INLINE Scalar member(const Value* values, int64_t k) { return {values[k / 16].even[k % 16], values[k / 16].odd[k % 16]}; }
 };
 #endif
 typedef Pairs::Value Pair;

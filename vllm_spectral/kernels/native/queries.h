@@ -35,7 +35,7 @@ inline void prepare_slice(const Shape& shape, const Item& item, Queries& queries
   const Layer& layer = shape.layer;
   const int64_t dim = layer.dim, at = item.head * dim, parts = padded(dim) / 32;
   const vs::Coding& keys = layer.keys;
-  const bool matrices = vs::kMatrices && shape.call.query.dtype == kBFloat16;
+  const bool matrices = vs::kMatrices && shape.call.query.dtype == kBFloat16, pages = shape.reads_pages(item);
   for (int64_t start = 0; start < item.rows; start += kTurned) {
     const int64_t count = std::min<int64_t>(kTurned, item.rows - start);
     for (int64_t i = 0; i < count; i++) {
@@ -43,6 +43,7 @@ inline void prepare_slice(const Shape& shape, const Item& item, Queries& queries
       const int64_t head = item.head * shape.group + row % shape.group;
       read_query(shape.call.query, token, head, dim, s.vectors + i * dim, queries.exact + (start + i) * parts);
     }
+    if (!pages) continue;
     if (matrices)
       Matrices::rotate(reinterpret_cast<const uint16_t*>(queries.exact + start * parts), nullptr, parts * sizeof(Pair),
                        layer.key_tiles.high(item.head), layer.key_tiles.low(item.head), dim, s.lines);
@@ -70,31 +71,40 @@ inline void prepare(const Shape& shape, const Item& item, std::vector<Queries>& 
   for (int64_t i = 0; i < slices(item); i++) prepare_slice(shape, slice_of(item, i), queries[i], s);
 }
 
-// The output of a slice's rows: numerators over totals, rotated back.
+// lines[count, dim] of the scratch = what some rows have read from pages, times their shares, rotated back.
+inline void turn_back(const Layer& layer, int64_t head, const State& state, int64_t start, int64_t count, const float* share, Scratch& s) {
+  const int64_t dim = layer.dim, width = padded(dim);
+  const int32_t* place = layer.quad_place.get() + head * dim;
+  for (int64_t i = 0; i < count; i++) {
+    const float *rotated = state.rotated(start + i), *quads = state.quads(start + i);
+    for (int64_t c = 0; c < dim; c += 16) {
+      const v16f x = (load(rotated + c) + gather(quads, layer.quad_floats, load_integers(place + c))) * share[i];
+      if (vs::kMatrices)
+        Matrices::split(x, s.high + i * width + c, s.low + i * width + c);
+      else
+        store(s.vectors + i * dim + c, x);
+    }
+    for (int64_t c = dim; vs::kMatrices && c < width; c++) s.high[i * width + c] = s.low[i * width + c] = 0;
+  }
+  if (vs::kMatrices)
+    Matrices::rotate(s.high, s.low, width * sizeof(uint16_t), layer.value_tiles.high(head), layer.value_tiles.low(head), dim, s.lines);
+  else
+    turn(s, count, layer.values.transposed.get() + head * dim * dim, dim);
+}
+
+// The output of a slice's rows: numerators over totals.
 inline void finish_slice(const Shape& shape, const Item& item, const State& state, Scratch& s) {
   const Layer& layer = shape.layer;
-  const int64_t dim = layer.dim, width = padded(dim);
-  const int32_t* place = layer.quad_place.get() + item.head * dim;
+  const int64_t dim = layer.dim;
+  const bool pages = shape.reads_pages(item);
   for (int64_t start = 0; start < item.rows; start += kTurned) {
     const int64_t count = std::min<int64_t>(kTurned, item.rows - start);
     float share[kTurned];
-    for (int64_t i = 0; i < count; i++) {
-      share[i] = state.total[start + i] > 0 ? 1.0f / state.total[start + i] : 0.0f;
-      const float *rotated = state.rotated(start + i), *quads = state.quads(start + i);
-      for (int64_t c = 0; c < dim; c += 16) {
-        const v16f x = (load(rotated + c) + gather(quads, layer.quad_floats, load_integers(place + c))) * share[i];
-        if (vs::kMatrices)
-          Matrices::split(x, s.high + i * width + c, s.low + i * width + c);
-        else
-          store(s.vectors + i * dim + c, x);
-      }
-      for (int64_t c = dim; vs::kMatrices && c < width; c++) s.high[i * width + c] = s.low[i * width + c] = 0;
-    }
-    if (vs::kMatrices)
-      Matrices::rotate(s.high, s.low, width * sizeof(uint16_t), layer.value_tiles.high(item.head), layer.value_tiles.low(item.head),
-                       dim, s.lines);
+    for (int64_t i = 0; i < count; i++) share[i] = state.total[start + i] > 0 ? 1.0f / state.total[start + i] : 0.0f;
+    if (pages)
+      turn_back(layer, item.head, state, start, count, share, s);
     else
-      turn(s, count, layer.values.transposed.get() + item.head * dim * dim, dim);
+      std::fill(s.lines, s.lines + count * dim, 0.0f);
     for (int64_t i = 0; i < count; i++) {
       const int64_t row = item.first_row + start + i;
       const float* plain = state.plain(start + i);

@@ -40,8 +40,8 @@ VS_INLINE void weights_of(const Work& w, const Tile& tile, int64_t first, int64_
       for (int h = 0; !kLate && h < 2; h++) x[k][h] = load(scores + k * kTile + at + h * vs::kHalf);
       uint32_t exact = 0;
       if (!kWhole && (!tile.whole[g] || w.call.soft_cap > 0)) {
-        const uint32_t visible = tile.whole[g] ? ~0u : w.seen(r, tile.first(g));
-        if (!tile.whole[g]) exact = visible & tile.copies[g] & w.near(r, tile.first(g));
+        const uint32_t visible = tile.whole[g] ? ~0u : s.seen[r * kTileGroups + g];
+        if (!tile.whole[g]) exact = s.exact[r * kTileGroups + g];
         for (int h = 0; h < 2; h++) {
           if (w.call.soft_cap > 0) x[k][h] = soft_capped(x[k][h], w.call.soft_cap);
           x[k][h] = select(lanes(visible >> 16 * h), x[k][h], splat(kNone));

@@ -107,7 +107,8 @@ struct Scratch {
   Pair* values;              // [kBlock, kTileGroups]
   Quad* key_quads;           // [dim / 2, 2] one group's keys; of matrices all of a tile's groups', in whole tiles
   Quad* value_quads;         // [kQuadsAtOnce, kTileGroups]; of matrices all of a tile, [blocks of 16 channels, fours of tokens]
-  Quad* some_quads;          // [dim / 2], two tiles at least, of copies
+  Pair* copied;              // [padded dim] half a group's copied keys, or a group's copied values
+  uint32_t *seen, *exact;    // [rows, kTileGroups] which of a group's positions a row sees, and which of these it reads exactly
   Quad* paged_quads;         // [rows, kTileGroups] weights
   uint8_t* paged_bytes;      // [rows, kTile] weights of matrices, 0 for groups that nobody reads from pages
   Quad* counts;              // [2, 2 * kMatrixRows] what matrices sum of values
@@ -131,7 +132,9 @@ struct Scratch {
     carver.take(values, kBlock * kTileGroups);
     carver.take(key_quads, expanded * 2 * vs::whole_tiles(dim / 2));
     carver.take(value_quads, vs::kMatrices ? value_blocks(layer) * kTileFours : vs::kQuadsAtOnce * kTileGroups);
-    carver.take(some_quads, vs::kMatrices ? std::max<int64_t>(padded(dim) / 2, 2 * vs::kMatrixRows) : 0);
+    carver.take(copied, padded(dim));
+    carver.take(seen, kSlice * kTileGroups);
+    carver.take(exact, kSlice * kTileGroups);
     carver.take(paged_quads, (vs::kMatrices ? vs::kFusedRows : kSlice) * kTileGroups);
     carver.take(paged_bytes, vs::kMatrices ? kSlice * kTile : 0);
     carver.take(counts, vs::kMatrices ? 4 * vs::kMatrixRows : 0);
@@ -176,6 +179,11 @@ struct Shape {
   const StepCall& call;
   int64_t queries(int64_t request) const { return call.query_start[request + 1] - call.query_start[request]; }
   int64_t rows(int64_t request) const { return queries(request) * group; }
+  // Whether a row of a slice may read pages: not if all that they see are tokens of this step near enough to be read exactly.
+  bool reads_pages(const Item& slice) const {
+    const int64_t last = (slice.first_row + slice.rows - 1) / group;
+    return !call.exact_on || call.context_lens[slice.request] > queries(slice.request) || last >= call.first + call.recent;
+  }
 };
 
 // Where a row of the pool of copies lies, in elements.
@@ -301,6 +309,11 @@ struct Work {
   uint32_t near(int64_t r, int64_t first) const {
     const int64_t p = position[r];
     return between(0, call.first, first) | between(p - call.recent + 1, p + 1, first);
+  }
+  // The latter of any of some rows, which are in the order of their positions.
+  uint32_t near_some(int64_t start, int64_t count, int64_t first) const {
+    const int64_t last = position[std::min(start + count, rows) - 1];
+    return between(0, call.first, first) | between(position[start] - call.recent + 1, last + 1, first);
   }
 };
 

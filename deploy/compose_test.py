@@ -39,10 +39,11 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 START_SECONDS = 600
 SCRAPE_SECONDS = yaml.safe_load((COMPOSE / "prometheus" / "prometheus.yml").read_text())["global"]["scrape_interval"]
 # Beginnings of prompts in the replicas' traffic, words in each, and how often each is used.
-PREFIXES, WORDS, ROUNDS = 20, 150, 5
+PREFIXES, WORDS, ROUNDS = 30, 150, 3
 # Room for all of them in each replica: the router sends a new beginning to the replica with fewer requests in flight, and a
-# slow one gets few. What tells the policies apart is then how often a beginning is computed: once, or once in each replica.
-REPLICA_BYTES = "32M"
+# slow one gets few. What tells the policies apart is then how often a beginning is computed: once, or once in each replica;
+# few rounds tell it best (of three, at most two find theirs by prefix, and five of twelve in turn).
+REPLICA_BYTES = "48M"
 
 
 class Project:
@@ -215,7 +216,7 @@ def routed(project: Mapping[str, Project], ports: dict[str, int]) -> str:
         served = prometheus.query("vllm:request_success_total > 0")
         check(len(served) >= 2, "both replicas served")
     (aware, fast), (turns, slow) = figures["cache_aware"], figures["round_robin"]
-    check(aware > 0.5, "routed by prefix, most of the prompts' tokens are found")
+    check(aware > 0.45, "routed by prefix, most are found that can be: two thirds, less what is each prompt's own")
     check(aware > turns + 0.05, "routed by prefix, more of the prompts' tokens are found than in turn")
     return f"prefix hits {aware:.0%} by prefix ({fast:.2f} s an answer), {turns:.0%} in turn ({slow:.2f} s)"
 

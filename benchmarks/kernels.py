@@ -28,7 +28,7 @@ from vllm_spectral.backend.exact_tier import ExactTier, LayerCopies
 from vllm_spectral.codec.attention import paged_attention
 from vllm_spectral.exact.directory import ExactDirectory, StepPlan
 from vllm_spectral.exact.window import ExactWindow, copy_bytes, group_tokens
-from vllm_spectral.kernels.interface import Exact, Requests
+from vllm_spectral.kernels.interface import Requests
 from vllm_spectral.kernels.layer import NativeLayer
 from vllm_spectral.kernels.library import ISA_VARIABLE, isas, library
 from vllm_spectral.profile.schema import LayerProfile, Profile
@@ -100,12 +100,6 @@ def plan_step(tier: ExactTier, table: Tensor, context: int, queries: int) -> Ste
     return plan
 
 
-def exact_of(tier: ExactTier, plan: StepPlan) -> Exact:
-    """A plan, as kernels take it."""
-    window = tier.directory.window
-    return Exact(plan.write_tokens, plan.write_rows, plan.rows, window.first, window.recent)
-
-
 def stock_attention(
     case: Case, query: Tensor, requests: Requests, table: Tensor, cache_dtype: str = "auto"
 ) -> Callable[[Tensor, Tensor], None]:
@@ -159,7 +153,7 @@ class Bench:
         self.tier = exact_tier(case)
         self.plan = plan_step(self.tier, self.table, case.context, 1)
         lens = torch.full((case.batch,), case.context, dtype=torch.int32)
-        self.requests = Requests(self.table, starts, lens, exact=exact_of(self.tier, self.plan))
+        self.requests = Requests(self.table, starts, lens, exact=self.tier.exact(self.plan))
         self.copies = [LayerCopies(self.tier, case.heads, case.dim, torch.device("cpu")) for _ in self.pages]
         for copies in self.copies:
             copies.keys.normal_()

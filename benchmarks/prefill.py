@@ -20,7 +20,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from benchmarks.kernels import BLOCK, Bench, Case, exact_of, exact_tier, plan_step, sample, stock_attention
+from benchmarks.kernels import BLOCK, Bench, Case, exact_tier, plan_step, sample, stock_attention
 from benchmarks.measure import interleaved, ratios, save, spread
 from vllm_spectral.backend.exact_tier import LayerCopies
 from vllm_spectral.kernels.interface import Requests
@@ -49,11 +49,11 @@ class Prefill:
         self.lens = torch.tensor([case.context], dtype=torch.int32)
         tier = exact_tier(case)
         plan = plan_step(tier, bench.table, case.context, queries)
-        self.requests = Requests(bench.table, starts, self.lens, self.slots, exact_of(tier, plan))
+        self.requests = Requests(bench.table, starts, self.lens, self.slots, tier.exact(plan))
         # The last token alone, the others being there.
         alone = tier.directory.step(bench.table.numpy(), self.lens.numpy(), np.ones(1, int), self.slots[-1:].numpy())
         self.last = Requests(
-            bench.table, torch.tensor([0, 1], dtype=torch.int32), self.lens, self.slots[-1:], exact_of(tier, alone)
+            bench.table, torch.tensor([0, 1], dtype=torch.int32), self.lens, self.slots[-1:], tier.exact(alone)
         )
         self.pool = LayerCopies(tier, case.heads, case.dim, torch.device("cpu")).pool
         self.pool.keys.normal_()

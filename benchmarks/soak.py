@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import itertools
 import json
 import random
 import statistics
@@ -140,6 +139,12 @@ def sample(server: ServerProcess, seconds: float) -> Sample:
     )  # fmt: skip
 
 
+def rates(samples: Sequence[Sample], width: int = 1) -> list[float]:
+    """Output tokens per second between every sample and the one ``width`` later."""
+    pairs = zip(samples, samples[width:], strict=False)
+    return [(b.output_tokens - a.output_tokens) / (b.seconds - a.seconds) for a, b in pairs]
+
+
 def growth(samples: Sequence[Sample]) -> dict[str, float]:
     """Memory and speed after the warm-up: the last quarter against the first, and the slope of a line through all.
 
@@ -150,8 +155,7 @@ def growth(samples: Sequence[Sample]) -> dict[str, float]:
     counted = samples[int(WARM_UP * len(samples)) :]
     quarter = len(counted) // 4
     memory = [one.resident_bytes for one in counted]
-    pairs = itertools.pairwise(counted)
-    speed = [(b.output_tokens - a.output_tokens) / (b.seconds - a.seconds) for a, b in pairs]
+    speed = rates(counted)
     slope = statistics.linear_regression([one.seconds for one in counted], memory).slope
     return {
         "memory_ratio": statistics.median(memory[-quarter:]) / statistics.median(memory[:quarter]),
@@ -173,9 +177,7 @@ def plot(samples: Sequence[Sample], path: Path) -> None:
     memory.set_ylabel("resident memory, GB")
     memory.set_ylim(0)
     width = max(1, round(60 / SAMPLE_SECONDS))
-    pairs = list(zip(samples, samples[width:], strict=False))
-    rates = [(b.output_tokens - a.output_tokens) / (b.seconds - a.seconds) for a, b in pairs]
-    speed.plot(minutes[width:], rates)
+    speed.plot(minutes[width:], rates(samples, width))
     speed.set_ylabel("output tokens/s")
     speed.set_ylim(0)
     pages.plot(minutes, [100 * one.pages_used for one in samples])

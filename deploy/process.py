@@ -45,12 +45,17 @@ class ServerProcess:
 
     def descendants(self) -> list[psutil.Process]:
         """All processes below it."""
-        return psutil.Process(self.process.pid).children(recursive=True)
+        return self.family()[1:]
+
+    def family(self) -> list[psutil.Process]:
+        """It and all processes below it."""
+        leader = psutil.Process(self.process.pid)
+        return [leader, *leader.children(recursive=True)]
 
     def resident_bytes(self) -> int:
         """Of it and all below; pages that several of them share are counted for each."""
         sizes = []
-        for process in (psutil.Process(self.process.pid), *self.descendants()):
+        for process in self.family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 sizes.append(process.memory_info().rss)
         return sum(sizes)

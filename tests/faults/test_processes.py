@@ -60,7 +60,7 @@ def check_kill(
     """``kill -9`` under load: everyone is told, the server stops with an error, and a restarted one answers as before."""
     port = free_port()
     with serve(*flags, port=port, **options) as server, company(server.url):
-        family = [psutil.Process(server.process.pid), *server.descendants()]
+        family = server.family()
         load = Load(server.url, texts, ANSWER_TOKENS, clients)
         busy(load)
         named(server, title).kill()

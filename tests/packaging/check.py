@@ -4,9 +4,9 @@
 
 For every Python the commands answer and the kernels load. Where torch and vLLM can be installed as pinned, `doctor demo`
 judges the embedded model, the server answers from a profile made there, and the tests of kernels, codec and profiles run on
-the installed package. Where torch's CPU build
-is not to be had, --cuda-torch takes the other build of the same version, which computes on the CPU as well and brings
-gigabytes of CUDA with it; without that flag the last line says so, and that Python is shown to install, and no more.
+the installed package. Where torch's CPU build is not to be had, --cuda-torch takes the other build of the same version, which
+computes on the CPU as well and brings gigabytes of CUDA with it; without that flag the last line says so, and that Python is
+shown to install, and no more.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from vllm_spectral.config import SpectralConfig
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.exact.directory import ExactDirectory, StepPlan
 from vllm_spectral.exact.window import ExactWindow, copy_bytes, default_pool_bytes, group_tokens
-from vllm_spectral.kernels.interface import Pool
+from vllm_spectral.kernels.interface import Exact, Pool
 
 logger = init_logger("vllm.spectral")
 
@@ -99,6 +99,11 @@ class ExactTier:
                 f"the exact tier needs blocks of a multiple of {old.group_tokens} tokens, not {block_size}"
             )
         self.directory = ExactDirectory(old.window, old.num_entries, block_size)
+
+    def exact(self, plan: StepPlan) -> Exact:
+        """A step's plan, as kernels take it that run on the host."""
+        window = self.directory.window
+        return Exact(plan.write_tokens, plan.write_rows, plan.rows, window.first, window.recent)
 
     @property
     def requests(self) -> int:

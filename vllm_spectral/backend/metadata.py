@@ -109,8 +109,7 @@ class SpectralMetadataBuilder(AttentionMetadataBuilder):
                 plan, common.seq_lens.shape[0], common.num_actual_tokens, captured=common.max_query_len == 1
             )
         elif self._tier is not None and plan is not None:
-            window = self._tier.directory.window
-            exact = Exact(plan.write_tokens, plan.write_rows, plan.rows, window.first, window.recent)
+            exact = self._tier.exact(plan)
         metadata = self._metadata(common, bounds, plan, exact)
         if common.seq_lens.device.type == "cpu":
             metadata.watch = self._observer.step(common.query_start_loc.diff(), common.seq_lens, plan)

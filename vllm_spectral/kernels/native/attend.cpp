@@ -30,7 +30,7 @@ constexpr int kWrites = 16;  // copies per unit of work
 // Which rows read what of a group from where.
 void look_at(const Work& w, Tile& tile, int g) {
   const int64_t first = tile.first(g);
-  const uint32_t copies = tile.copies[g] = copied(w, first, tile.copy_lines[g]);
+  const uint32_t copies = copied(w, first, tile.copy_lines[g]);
   tile.whole[g] = !copies && w.all_see(first, vs::kGroup);
   tile.any_paged[g] = tile.whole[g] ? ~0u : 0;
   tile.any_exact[g] = 0;
@@ -49,7 +49,7 @@ void attend_tile(Work& w, Tile& tile, State& state) {
   for (int g = 0; g < tile.groups; g++) {
     if (tile.all_whole) {
       tile.whole[g] = true;
-      tile.copies[g] = tile.any_exact[g] = 0;
+      tile.any_exact[g] = 0;
       tile.any_paged[g] = ~0u;
     } else {
       look_at(w, tile, g);

@@ -325,7 +325,6 @@ struct Tile {
   const uint8_t* upcoming[kTileGroups];          // of those that come a tile later
   const uint8_t* ahead[kTileGroups];             // of those that come kAhead groups later
   int32_t copy_lines[kTileGroups][vs::kGroup];   // where copies lie in the pool, counting lines of dim
-  uint32_t copies[kTileGroups];                  // positions that have a copy which some row may read
   uint32_t any_paged[kTileGroups], any_exact[kTileGroups];  // positions that some row reads from there
   uint32_t value_flat[kTileGroups];              // tokens whose values are coded by the fallback
   v16f value_scale[kTileGroups][2];

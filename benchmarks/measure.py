@@ -64,8 +64,7 @@ def beyond_cache() -> int:
     return max(96 << 20, max(kibibytes, default=0) * 1280)
 
 
-def circumstances() -> dict[str, Any]:
-    """Date, machine, commit and command of a result."""
+def _circumstances() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text()
     model = next(
         (line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), platform.machine()
@@ -81,6 +80,11 @@ def circumstances() -> dict[str, Any]:
         "vector_extensions": sorted(f for f in flags.split() if f.startswith(("avx", "amx"))),
         "commit": commit + ("+" if dirty else ""),
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("LD_PRELOAD", "MALLOC_", "OMP_", "ONEDNN_", "VLLM_CPU_"))
+        },
     }
 
 
@@ -90,8 +94,12 @@ def _module() -> str:
     return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
 
 
+CIRCUMSTANCES = _circumstances()
+"""Date, machine, commit, command and environment of a result: as its run began, not as it ended."""
+
+
 def save(path: Path | None, result: dict[str, Any]) -> None:
     """Write a result as JSON, if a path is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(circumstances() | result, indent=1) + "\n")
+        path.write_text(json.dumps(CIRCUMSTANCES | result, indent=1) + "\n")

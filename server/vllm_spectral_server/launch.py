@@ -27,6 +27,9 @@ MOST_REQUESTS = 1024
 """Unfinished requests from which on new ones are answered 503; vLLM's own default is any number."""
 DRAIN_SECONDS = 30
 """What requests in flight are given when the server is told to stop; vLLM's own default is nothing."""
+KEPT_PRODUCTS = 256
+"""Compiled matrix products that oneDNN keeps for all weights together; its own default is 1024. vLLM keeps those of the last
+32 numbers of tokens for each weight besides, which a transformer's five shapes of weights share: 160."""
 NUMA_NODES = Path("/sys/devices/system/node")
 _ONE_MACHINE = "a server has all its ranks on one machine; start one on each machine, behind a load balancer"
 REFUSED = {
@@ -86,16 +89,24 @@ def serve(
         )
     args.additional_config = merge_config(args.additional_config, config)
     args.worker_extension_cls = EXTENSION
-    if args.enforce_eager:
-        # Even then vLLM compiles a few functions when they are first used, log-probabilities among them, and where there is
-        # no compiler the first canary would end the engine. The processes of the engine read this when they start.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    set_environment(args)
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     # As vLLM reads them.
     keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     rules = Rules.of(limits, keys, args.log_error_stack)
     _run(args, Settings(name, watch, rules), profile)
+
+
+def set_environment(args: Namespace) -> None:
+    """What the processes of the engine read when they start, and vLLM has no flag for; what the user has set stays."""
+    if args.enforce_eager:
+        # Even then vLLM compiles a few functions when they are first used, log-probabilities among them, and where there is
+        # no compiler the first canary would end the engine.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # A product is compiled for every number of tokens that a step happens to have, and 1024 of them are 130 MB that fill up
+    # over hours. What a GPU runs does not ask for it.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
 
 
 def require_device(config: SpectralConfig) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.measure import circumstances
+from benchmarks.measure import CIRCUMSTANCES
 from deploy.process import ServerProcess, command, running
 from tests.environment import BATCH_INVARIANT
 from tests.faults.traffic import Load, Outcome, company, prompts
@@ -70,7 +70,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     )
     path: Path | None = config.getoption("--fault-report")
     if path:
-        path.write_text(json.dumps(circumstances() | {"faults": [asdict(row) for row in _ROWS]}, indent=1) + "\n")
+        path.write_text(json.dumps(CIRCUMSTANCES | {"faults": [asdict(row) for row in _ROWS]}, indent=1) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -47,6 +48,22 @@ def test_what_is_refused_and_by_which_name(flags: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as refused:
         check(*flags)
     assert flags[-1] in str(refused.value) or flags[-2] in str(refused.value)
+
+
+def test_what_the_engine_reads_from_the_environment_and_what_of_it_is_the_users(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("TORCHDYNAMO_DISABLE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        # Set first, so that what the launch sets is undone as well.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    launch.set_environment(Namespace(enforce_eager=False))
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(launch.KEPT_PRODUCTS)
+    assert "TORCHDYNAMO_DISABLE" not in os.environ
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    launch.set_environment(Namespace(enforce_eager=True))
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+    assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
 
 
 @pytest.mark.parametrize(

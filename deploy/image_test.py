@@ -129,6 +129,8 @@ def inside(engine: Engine) -> None:
     """What the running container is allowed."""
     identity = engine.call("exec", NAME, "sh", "-c", "id -u; id -g; grep CapEff /proc/self/status").split()
     check(identity[:2] == [str(UID), "0"] and int(identity[3], 16) == 0, f"uid {UID}, group 0, no capabilities")
+    maps = "for maps in /proc/[0-9]*/maps; do grep -q libtorch_cpu $maps && grep -q libtcmalloc $maps && echo yes; done; true"
+    check("yes" in engine.call("exec", NAME, "sh", "-c", maps), "the engine allocates with tcmalloc")
     for path in ("/", "/opt/venv", "/usr/share/vllm-spectral"):
         refused = engine.call("exec", NAME, "sh", "-c", f"touch {path}/x 2>/dev/null && echo written || echo refused")
         check(refused == "refused", f"{path} cannot be written")

@@ -17,12 +17,16 @@ import torch
 from safetensors.torch import save
 
 from tests.conftest import DIM, HEADS, LAYERS, measured
+from vllm_spectral.calibration.run import CalibrationRequest, calibrate
 from vllm_spectral.calibration.traffic import traffic_moments
+from vllm_spectral.codec.layout import slot_bytes_for
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.models.description import ModelFingerprint
 
 PRINT = ModelFingerprint("test", LAYERS, HEADS, DIM, "0" * 32)
-MODEL: Any = SimpleNamespace(num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, fingerprint=lambda: PRINT)
+MODEL: Any = SimpleNamespace(
+    num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, fingerprint=lambda: PRINT, require_supported=lambda: None
+)
 
 
 @lru_cache(maxsize=1)
@@ -31,7 +35,7 @@ def sound() -> dict[str, torch.Tensor]:
 
 
 def packed(tensors: dict[str, torch.Tensor]) -> bytes:
-    return save(tensors, {"fingerprint": json.dumps(dataclasses.asdict(PRINT))})
+    return save(tensors, {"bits": "3.0", "fingerprint": json.dumps(dataclasses.asdict(PRINT))})
 
 
 @pytest.fixture
@@ -62,9 +66,20 @@ def answering() -> Iterator[Any]:
 
 
 def test_moments_are_taken(answering: Any) -> None:
-    layers = traffic_moments(answering(packed(sound())), None, MODEL)
-    assert len(layers) == LAYERS
-    assert torch.equal(layers[0].keys, measured().keys)
+    live = traffic_moments(answering(packed(sound())), None, MODEL)
+    assert len(live.layers) == LAYERS
+    assert torch.equal(live.layers[0].keys, measured().keys)
+    assert live.bits == 3.0
+
+
+@pytest.mark.parametrize(("asked", "made"), [(None, 3.0), (4.0, 4.0)])
+def test_the_new_profile_has_the_bits_of_the_served_one_unless_others_are_asked_for(
+    answering: Any, asked: float | None, made: float
+) -> None:
+    url = answering(packed(sound()))
+    profile = calibrate(CalibrationRequest(MODEL, "new", asked, traffic=url))
+    assert profile.provenance.requested_bits == made
+    assert profile.slot_bytes == slot_bytes_for(made, DIM)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What the server takes from strangers: how much, how slowly, with which key; and what it tells them when something breaks.
 
-vLLM asks for the API key under ``/v1`` alone. Other paths generate text as well (``/invocations``), or change the server
+vLLM asks for the API key under four prefixes alone. Other paths generate text as well (``/invocations``), or change the server
 (``/scale_elastic_ep``), so that here a key that is set is asked for everywhere but where probes, scrapers and browsers read.
 """
 

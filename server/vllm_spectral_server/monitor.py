@@ -125,7 +125,7 @@ def _layer_alarms(
 
 
 class Monitor:
-    """Asks the workers every other second while they work, runs the canary, and keeps what they say.
+    """Asks the workers, every ten seconds while they work, runs the canary, and keeps what they say.
 
     Args:
         engine: vLLM's engine.

@@ -241,7 +241,9 @@ def test_the_routes_are_guarded_and_documented(server: Server) -> None:
     assert "/ready" in document["paths"]
 
 
-def test_a_profile_is_made_from_traffic(server: Server, loaded: list[dict[str, Any]], work: Path) -> None:
+def test_a_profile_is_made_from_traffic(
+    server: Server, loaded: list[dict[str, Any]], calibrated: Path, work: Path
+) -> None:
     del loaded
     path = work / "traffic.spectral"
     command = cli("calibrate", "demo", "-o", str(path), "--from-traffic", server.url)
@@ -252,6 +254,7 @@ def test_a_profile_is_made_from_traffic(server: Server, loaded: list[dict[str, A
     assert made.returncode == 0, made.stderr
     profile = load_profile(path)
     assert profile.provenance.text_source == "live traffic"
+    assert profile.slot_bytes == load_profile(calibrated).slot_bytes
     assert profile.provenance.num_tokens > 2048
 
 

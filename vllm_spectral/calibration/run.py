@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import warnings
 from collections.abc import Callable, Sequence
@@ -58,7 +59,7 @@ class CalibrationRequest:
     Attributes:
         model: description of the model.
         name: short name of the profile.
-        bits: stored bits per element, scales included.
+        bits: stored bits per element, scales included; None: those of the server whose moments are taken.
         basis: kind of basis.
         texts: the user's files; empty for the built-in prompts.
         traffic: address of a server whose live moments are taken instead; None to measure.
@@ -68,7 +69,7 @@ class CalibrationRequest:
 
     model: ModelDescription
     name: str
-    bits: float = 4.0
+    bits: float | None = 4.0
     basis: BasisKind = "spectral"
     texts: tuple[Path, ...] = ()
     traffic: str | None = None
@@ -81,7 +82,9 @@ class CalibrationRequest:
         Raises:
             SpectralError: naming the cause.
         """
-        if not MIN_BITS <= self.bits <= MAX_BITS:
+        if self.bits is None and not self.traffic:
+            raise ConfigError("--bits: only a server has some of its own")
+        if self.bits is not None and not MIN_BITS <= self.bits <= MAX_BITS:
             raise ConfigError(f"--bits must be between {MIN_BITS} and {MAX_BITS}, got {self.bits:g}")
         if self.basis == "hadamard" and self.texts:
             raise ConfigError("--basis hadamard measures nothing: leave out --text, or use --basis spectral")
@@ -129,7 +132,11 @@ def calibrate(
     request.check()
     measured = None
     if request.traffic:
-        measured = Measured(traffic_moments(request.traffic, request.api_key, request.model), None)
+        live = traffic_moments(request.traffic, request.api_key, request.model)
+        measured = Measured(live.layers, None)
+        if request.bits is None:
+            request = dataclasses.replace(request, bits=live.bits)
+            request.check()
     elif request.basis != "hadamard":
         measured = measure(request, progress=progress)
     return build(request, measured, warn=warn)
@@ -139,9 +146,10 @@ def build(
     request: CalibrationRequest, measured: Measured | None, *, warn: Callable[[str], None] = warnings.warn
 ) -> Profile:
     """The profile of a checked request; ``measured`` is what :func:`measure` found for it, None for a Hadamard basis."""
-    model = request.model
+    model, bits = request.model, request.bits
+    assert bits is not None
     fingerprint = model.fingerprint()
-    slot_bytes = slot_bytes_for(request.bits, model.head_dim)
+    slot_bytes = slot_bytes_for(bits, model.head_dim)
     if measured is None:
         source, num_tokens = "none", 0
         layers: list[LayerProfile] = [
@@ -171,7 +179,7 @@ def build(
         expectation=expectation,
         provenance=Provenance(
             basis=request.basis,
-            requested_bits=request.bits,
+            requested_bits=bits,
             text_source=brief(source),
             num_tokens=num_tokens,
             seed=request.seed,

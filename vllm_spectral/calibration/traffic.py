@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
@@ -20,8 +21,21 @@ LEAST_TOKENS = 2048
 _SECONDS = 60
 
 
-def traffic_moments(url: str, key: str | None, model: ModelDescription) -> list[LayerMoments]:
-    """What a server gathered, one entry per layer of the model.
+@dataclass(frozen=True)
+class LiveMoments:
+    """What a server gathered.
+
+    Attributes:
+        layers: one entry per layer of the model.
+        bits: of the profile that it serves.
+    """
+
+    layers: list[LayerMoments]
+    bits: float
+
+
+def traffic_moments(url: str, key: str | None, model: ModelDescription) -> LiveMoments:
+    """What a server gathered.
 
     Args:
         url: the server's address, with the path prefix if it has one.
@@ -40,6 +54,7 @@ def traffic_moments(url: str, key: str | None, model: ModelDescription) -> list[
         tensors = load(data)
         # Eight bytes of length, then the header with the server's remarks.
         about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        bits = float(about["bits"])
         served = ModelFingerprint(**json.loads(about["fingerprint"]))
         by_layer = _by_layer(tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -60,7 +75,7 @@ def traffic_moments(url: str, key: str | None, model: ModelDescription) -> list[
             f"{url} has measured {tokens} tokens so far, {LEAST_TOKENS} are needed: wait for more traffic, or serve with a "
             "smaller --fidelity-every"
         )
-    return layers
+    return LiveMoments(layers, bits)
 
 
 def _by_layer(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:

@@ -36,11 +36,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        default=DEFAULT_PRESET,
-        help=f"bits and basis by name, see below ({DEFAULT_PRESET})",
+        help=f"bits and basis by name, see below ({DEFAULT_PRESET}; with --from-traffic the bits of what is served there)",
     )
-    parser.add_argument("--bits", type=float, help="stored bits per KV element, scales included (the preset's: 4.0)")
-    parser.add_argument("--basis", choices=("spectral", "hadamard"), help="kind of basis (the preset's: spectral)")
+    parser.add_argument("--bits", type=float, help="stored bits per KV element, scales included (the preset's)")
+    parser.add_argument("--basis", choices=("spectral", "hadamard"), help="kind of basis (the preset's)")
     parser.add_argument("--text", metavar="FILE", type=Path, nargs="+", default=[], help="your own UTF-8 text")
     parser.add_argument(
         "--from-traffic", metavar="URL", help="take what the vllm-spectral server at URL gathered from its live traffic"
@@ -61,11 +60,15 @@ def run(args: argparse.Namespace) -> int:
     from vllm_spectral.profile.storage import require_writable, save_profile
 
     require_writable(args.output)
+    preset = PRESETS[args.preset or DEFAULT_PRESET]
+    bits = args.bits
+    if bits is None and (args.preset or not args.from_traffic):
+        bits = preset.bits
     request = CalibrationRequest(
         model=described(args.model),
         name=args.output.stem,
-        bits=PRESETS[args.preset].bits if args.bits is None else args.bits,
-        basis=args.basis or PRESETS[args.preset].basis,
+        bits=bits,
+        basis=args.basis or preset.basis,
         texts=tuple(args.text),
         traffic=args.from_traffic,
         api_key=args.api_key,

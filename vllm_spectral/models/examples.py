@@ -164,7 +164,7 @@ _SIZES = {*LAYERS, *QUERY_HEADS, *KV_HEADS, *HIDDEN, *HEAD_DIM, *POSITIONS, "mod
 _INTRODUCTION = f"""\
 # Models
 
-Written by `vllm-spectral doctor --table`: edit `known.py`, `rules.py` and `examples.py` in `vllm_spectral/models` instead.
+<!-- Written by `vllm-spectral doctor --table`: edit `known.py`, `rules.py` and `examples.py` in `vllm_spectral/models`. -->
 
 `vllm-spectral doctor MODEL` gives the verdict on your model, from its own `config.json` and weights. The verdicts below come
 from the configuration fields beside them and from nothing else: **a verdict is not a test**, and whether vLLM itself runs a

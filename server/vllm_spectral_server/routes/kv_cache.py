@@ -188,7 +188,11 @@ async def moments(served: Served, monitor: Watching) -> Response:
 
     Sums over tokens, no text and no single vector.
     """
-    about = {"profile": served.digest, "fingerprint": json.dumps(dataclasses.asdict(served.fingerprint))}
+    about = {
+        "profile": served.digest,
+        "bits": str(served.provenance.requested_bits),
+        "fingerprint": json.dumps(dataclasses.asdict(served.fingerprint)),
+    }
     data = await asyncio.to_thread(save, await monitor.live_moments(), about)
     return Response(data, media_type="application/octet-stream")
 

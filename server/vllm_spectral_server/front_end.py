@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import AsyncIterator, MutableSequence
+from collections.abc import AsyncIterator, Callable, MutableSequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +65,7 @@ class Seat:
         loads: vLLM's open connections of all front ends, and the index again; None: there are no others.
         socket: where the watching front end answers; None: there are no others.
         counts: see :class:`SchedulerView`; of all front ends.
+        lost: says whether engines that run already have ended.
     """
 
     index: int = WATCHER
@@ -73,6 +74,7 @@ class Seat:
     loads: tuple[MutableSequence[int], int] | None = None
     socket: Path | None = None
     counts: MutableSequence[int] = field(default_factory=lambda: [0] * len(COUNTS))
+    lost: Callable[[], bool] = lambda: False
 
 
 async def run(args: Namespace, sock: Any, settings: Settings, profile: Profile | None, seat: Seat) -> None:
@@ -207,6 +209,7 @@ async def _engine(args: Namespace, seat: Seat) -> AsyncIterator[tuple[Any, Sched
         client_count=seat.count,
         client_index=seat.index,
     )
+    engine.lost = seat.lost
     try:
         yield engine, view
     finally:

@@ -1,7 +1,8 @@
 """What the server takes from strangers: how much, how slowly, with which key; and what it tells them when something breaks.
 
-vLLM asks for the API key under four prefixes alone. Other paths generate text as well (``/invocations``), or change the server
-(``/scale_elastic_ep``), so that here a key that is set is asked for everywhere but where probes, scrapers and browsers read.
+vLLM asks for the API key under four prefixes alone. Other paths generate text as well (``/invocations``), or change the
+server (``/scale_elastic_ep``), so that here a key that is set is asked for everywhere but where probes, scrapers and
+browsers read.
 """
 
 from __future__ import annotations
@@ -89,10 +90,14 @@ class Rules:
 
     def admits(self, scope: Scope) -> bool:
         """Whether a request may pass: it needs no key, or has one."""
-        # A preflight carries no credentials; nothing but CORS answers it.
-        if not self.keys or scope.get("method") == "OPTIONS" or self._is_open(scope):
+        headers = Headers(scope=scope)
+        # A preflight carries no credentials, and nothing but CORS answers it.
+        preflight = (
+            scope.get("method") == "OPTIONS" and "access-control-request-method" in headers and "origin" in headers
+        )
+        if not self.keys or preflight or self._is_open(scope):
             return True
-        given = _digest(_credentials(Headers(scope=scope).get("authorization", "")))
+        given = _digest(_credentials(headers.get("authorization", "")))
         # All are compared, so that time says nothing.
         return sum(secrets.compare_digest(given, key) for key in self.keys) > 0
 

@@ -201,12 +201,19 @@ class Monitor:
             return False, "the engine has failed"
         if self.canary.state in ("failed", "pending"):
             return False, f"canary: {self.canary.message}"
-        if self.canary.state == "off":
-            return True, f"the engine runs; canary: {self.canary.message}"
         silence = time.monotonic() - self.canary.answered
-        if silence > max(STALE_RUNS * self.canary.pause, STALE_SECONDS):
-            return False, f"canary: not answered for {silence:.0f} s"
+        if self.canary.state != "off" and silence > max(STALE_RUNS * self.canary.pause, STALE_SECONDS):
+            if not self._full:
+                return False, f"canary: not answered for {silence:.0f} s"
+            return True, "the engine runs; canary: waits until one of as many requests as may run at once has ended"
         return True, f"the engine runs; canary: {self.canary.message}"
+
+    @property
+    def _full(self) -> bool:
+        """Whether an engine is at work on as many requests as it may: then the canary, though first in the queue, waits."""
+        most = self.engine.vllm_config.scheduler_config.max_num_seqs
+        working = time.monotonic() - self.view.stepped < STALE_SECONDS
+        return working and any(engine.running >= most for engine in self.view.engines.values())
 
     async def start(self) -> None:
         """What must be known before the first request."""

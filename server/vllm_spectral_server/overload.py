@@ -15,6 +15,8 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm_spectral_server.engine import CUT_SHORT
+
 MIDDLEWARE = f"{__name__}.Overload"
 WINDOW_SECONDS = 30.0
 MOST_SECONDS = 60
@@ -38,26 +40,50 @@ class Overload:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        if scope["app"].state.spectral.engine.stopping:
-            await self._refuse(send)
+        engine = scope["app"].state.spectral.engine
+        if engine.stopping:
+            await _refuse(send, STOPPING)
             return
-        served = False
+        status = 0
+        cut_short = False
 
         async def told(message: Message) -> None:
-            nonlocal served
+            nonlocal status, cut_short
             if message["type"] == "http.response.start":
-                served = message["status"] == 200
-                if message["status"] == 503:
+                status = message["status"]
+                if status == 503:
                     MutableHeaders(scope=message).setdefault("retry-after", str(self.retry_seconds()))
-            await send(message)
+                # Whatever went wrong then went wrong because of it.
+                cut_short = engine.over and status == 500
+                if cut_short:
+                    await _refuse(send, CUT_SHORT)
+            if cut_short:
+                return
+            engine.working -= 1
+            try:
+                await send(message)
+            finally:
+                engine.working += 1
 
+        engine.working += 1
         self._in_flight += 1
         try:
             await self._app(scope, receive, told)
+        except Exception:
+            if status or not engine.over:
+                raise
+            await _refuse(send, CUT_SHORT)
         finally:
+            engine.working -= 1
             self._in_flight -= 1
-            if served:
-                self._ended.append(time.monotonic())
+            if status == 200:
+                self._note_end()
+
+    def _note_end(self) -> None:
+        now = time.monotonic()
+        self._ended.append(now)
+        while self._ended[0] < now - WINDOW_SECONDS:
+            self._ended.popleft()
 
     def retry_seconds(self) -> int:
         """In how many seconds about half of the requests in flight will have been answered, at the rate of late."""
@@ -69,15 +95,16 @@ class Overload:
         rate = len(self._ended) / max(now - self._ended[0], 1.0)
         return min(max(math.ceil(self._in_flight / 2 / rate), 1), MOST_SECONDS)
 
-    async def _refuse(self, send: Send) -> None:
-        # The shape of vLLM's own errors.
-        error: dict[str, Any] = {"message": STOPPING, "type": "Service Unavailable", "param": None, "code": 503}
-        body = json.dumps({"error": error}).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"retry-after", str(MOST_SECONDS // 2).encode()),
-            (b"connection", b"close"),
-        ]
-        await send({"type": "http.response.start", "status": 503, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+
+async def _refuse(send: Send, why: str) -> None:
+    # The shape of vLLM's own errors.
+    error: dict[str, Any] = {"message": why, "type": "Service Unavailable", "param": None, "code": 503}
+    body = json.dumps({"error": error}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"retry-after", str(MOST_SECONDS // 2).encode()),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

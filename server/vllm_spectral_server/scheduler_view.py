@@ -45,12 +45,14 @@ class SchedulerView:
             in shared memory.
         front_end: which of them this is.
         steps: of all engines so far, as far as they told this front end.
+        stepped: when the last of them was, on the monotonic clock.
     """
 
     engines: dict[int, EngineView] = field(default_factory=dict)
     counts: MutableSequence[int] = field(default_factory=lambda: [0] * len(COUNTS))
     front_end: int = 0
     steps: int = 0
+    stepped: float = 0.0
     _counted: tuple[int, int] = (0, 0)
     _recent: deque[tuple[float, int, int]] = field(default_factory=deque)
 
@@ -84,6 +86,7 @@ class SchedulerView:
         view = self.engines[engine_index]
         if scheduler is not None:
             self.steps += 1
+            self.stepped = time.monotonic()
             counts = scheduler.num_kv_fetch_reqs_by_stage
             # Ours ride in a table that vLLM's own loggers read after us.
             view.blocks = counts.pop(USED_KEY, 0), counts.pop(CACHED_KEY, 0)

@@ -54,7 +54,9 @@ def serve_several(args: Namespace, settings: Settings) -> None:
             starting = launch_core_engines(config, Executor.get_class(config), True, listeners.addresses)
             with starting as launched:
                 coordinator = launched.coordinator
-                shared: Any = multiprocessing.get_context("spawn").RawArray("q", count * len(COUNTS))
+                spawn = multiprocessing.get_context("spawn")
+                counts: Any = spawn.RawArray("q", count * len(COUNTS))
+                lost: Any = spawn.RawValue("b", 0)
                 front_ends = APIServerProcessManager(
                     listen_address=address,
                     sock=sock,
@@ -63,7 +65,7 @@ def serve_several(args: Namespace, settings: Settings) -> None:
                     input_listeners=listeners.inputs,
                     output_listeners=listeners.outputs,
                     target_server_fn=partial(
-                        _front_end, settings=settings, socket=Path(folder) / "watcher", counts=shared
+                        _front_end, settings=settings, socket=Path(folder) / "watcher", counts=counts, lost=lost
                     ),
                     stats_update_address=coordinator.get_stats_publish_address() if coordinator else None,
                     tensor_queue=launched.tensor_queue,
@@ -73,13 +75,21 @@ def serve_several(args: Namespace, settings: Settings) -> None:
         except RuntimeError as error:
             raise SystemExit(f"the server has failed: {error}: see the log above for the cause") from None
         finally:
-            # The requests in flight first, then what answers them.
+            # The requests in flight first, then what answers them; without engines there is nothing to wait for.
+            parts = (launched.engine_manager, launched.coordinator) if launched is not None else (None, None)
             if front_ends is not None:
-                front_ends.shutdown(timeout=config.shutdown_timeout + GRACE_SECONDS if stopped else None)
-            for part in (launched.engine_manager, launched.coordinator) if launched is not None else ():
+                lost.value = not stopped and _any_ended(*parts)
+                front_ends.shutdown(timeout=GRACE_SECONDS + (0 if lost.value else config.shutdown_timeout))
+            for part in parts:
                 if part is not None:
                     part.shutdown()
             sock.close()
+
+
+def _any_ended(engines: Any, coordinator: Any) -> bool:
+    """Whether an engine's process has, or the coordinator's."""
+    processes = [*(engines.processes if engines else ()), *([coordinator.proc] if coordinator else ())]
+    return not all(process.is_alive() for process in processes)
 
 
 def _on_signals() -> list[int]:
@@ -105,6 +115,7 @@ def _front_end(
     settings: Settings,
     socket: Path,
     counts: MutableSequence[int],
+    lost: Any,
 ) -> None:
     """One of the processes, in the form that vLLM starts them.
 
@@ -134,6 +145,6 @@ def _front_end(
     active = parse_config(args.additional_config, os.environ)
     profile = load_once(active, args.model) if active and index == WATCHER else None
     loads = client.pop("api_server_loads")
-    seat = Seat(index, client.pop("client_count"), client, (loads, index), socket, counts)
+    seat = Seat(index, client.pop("client_count"), client, (loads, index), socket, counts, lambda: bool(lost.value))
     uvloop.run(run(args, sock, settings, profile, seat))
     raise SystemExit(1)

@@ -61,13 +61,17 @@ class FrontEnd:
         """Status and body."""
         return self._ask("GET", path, key=key)
 
-    def complete(self, prompt: str, tokens: int = 16) -> Any:
-        """A greedy answer of so many tokens, with its usage."""
+    def ask(self, prompt: str, tokens: int) -> tuple[int, Any]:
+        """Status and body of a greedy completion of so many tokens."""
         body = {
             "model": "demo", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
             "vllm_xargs": {"kv_cache_usage": 1},
         }  # fmt: skip
-        status, answer = self._ask("POST", "/v1/completions", body)
+        return self._ask("POST", "/v1/completions", body)
+
+    def complete(self, prompt: str, tokens: int = 16) -> Any:
+        """A greedy answer of so many tokens, with its usage."""
+        status, answer = self.ask(prompt, tokens)
         assert status == 200, answer
         return answer
 
@@ -222,8 +226,40 @@ def test_two_processes_in_front_of_two_engines_end_when_the_watching_one_is_kill
         check_metrics(ends)
         series = {labels for name, labels in ends[1].samples() if name == "vllm_spectral:rank_pool_bytes"}
         assert {dict(labels)["engine"] for labels in series} == {"0", "1"}
-        os.kill(ends[0].pid, signal.SIGKILL)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(ends[1].complete, "Once upon a time", LONG_TOKENS)
+            while not ends[0].get("/v1/kv_cache/traffic")[1]["running"]:
+                assert not running.done()
+            os.kill(ends[0].pid, signal.SIGKILL)
+            assert running.result()["usage"]["completion_tokens"] == LONG_TOKENS, "it lost nothing but its neighbour"
         assert server.process.wait(60) != 0
         with pytest.raises(ProcessLookupError):
             os.kill(ends[1].pid, 0)
     assert "ApiServer_0" in server.log.read_text().split("died with exit code")[0].splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_when_the_engine_is_killed_clients_of_all_processes_are_told(
+    calibrated: Path, work: Path, sockets: Path
+) -> None:
+    with serving(
+        calibrated, work / "several-dead.log", "--api-server-count", "2", "--canary-seconds", "600",
+        environment=KEPT | {"VLLM_RPC_BASE_PATH": str(sockets)},
+    ) as server:  # fmt: skip
+        ends = front_ends(server)
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(end.ask, "Once upon a time", 4 * LONG_TOKENS) for end in ends]
+            watching = FrontEnd(server)
+            while watching.get("/v1/kv_cache/traffic")[1]["running"] < 2:
+                assert not any(future.done() for future in running)
+            killed = time.monotonic()
+            (core,) = [
+                process
+                for process in psutil.Process(server.process.pid).children(recursive=True)
+                if "EngineCore" in "".join(process.cmdline())
+            ]
+            core.kill()
+            answers = [future.result() for future in running]
+        assert [status for status, _ in answers] == [503] * 2, answers
+        assert time.monotonic() - killed < SETTLE_SECONDS
+        assert server.process.wait(60) != 0

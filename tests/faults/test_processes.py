@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
+import subprocess
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
 
-from deploy.process import ServerProcess, free_port
-from tests.faults.conftest import ANSWER_TOKENS, Account, Serving, named
-from tests.faults.traffic import Load, Outcome, company, status, wait_until
+from deploy.process import ServerProcess, command, free_port
+from tests.faults.conftest import ANSWER_TOKENS, FLAGS, Account, Serving, named
+from tests.faults.traffic import SECONDS, Load, Outcome, company, status, wait_until
 
 HANG_SECONDS = 30.0
 """In which every client must have been told that its request is lost."""
+PATIENCE = 600
+PATIENT = ("--shutdown-timeout", str(PATIENCE))
+"""However slow the machine: the time is not what is looked at."""
 
 
 def summary(outcomes: list[Outcome]) -> str:
@@ -112,7 +121,7 @@ def test_kill_of_the_server(serve: Serving, account: Account, texts: list[str]) 
 
 
 def test_sigterm_finishes_what_is_in_flight(serve: Serving, account: Account, texts: list[str]) -> None:
-    with serve() as server:
+    with serve(*PATIENT) as server:
         others = Load(server.url, ["Once upon a time", "In the beginning"], 5 * ANSWER_TOKENS)
         load = Load(server.url, texts[:8], ANSWER_TOKENS)
         wait_until(lambda: running_requests(server) == 10, 30, "all requests run")
@@ -122,12 +131,59 @@ def test_sigterm_finishes_what_is_in_flight(serve: Serving, account: Account, te
         late = httpx.post(f"{server.url}/v1/completions", json={"model": "demo", "prompt": "x"}, timeout=10)
         assert late.status_code == 503 and int(late.headers["retry-after"]) > 0
         outcomes = load.outcomes()
-        assert server.process.wait(60) == 0
+        assert server.process.wait(PATIENCE) == 0
         seconds = time.monotonic() - start
     finished = [*outcomes, *others.outcomes()]
     assert [outcome.status for outcome in finished] == [200] * 10, "nothing that was in flight is lost"
     padded = [*outcomes, *(Outcome(None, 0, 0.0) for _ in texts[8:])]
     account.add("SIGTERM", f"10 in flight all answered, a new one 503; stopped after {seconds:.1f} s", [padded])
+
+
+def test_sigterm_waits_for_what_no_engine_knows_of(serve: Serving, account: Account, texts: list[str]) -> None:
+    """A request that many steps serve, one after the other, and one whose prompt is still on its way."""
+    with serve(*PATIENT) as server:
+        beams = {
+            "model": "demo",
+            "prompt": texts[0],
+            "max_tokens": 48,
+            "use_beam_search": True,
+            "n": 2,
+            "temperature": 0,
+        }
+        late = json.dumps({"model": "demo", "prompt": texts[1], "max_tokens": 8}).encode()
+        with (
+            ThreadPoolExecutor(1) as pool,
+            socket.create_connection(("127.0.0.1", urlsplit(server.url).port)) as upload,
+        ):
+            searching = pool.submit(httpx.post, f"{server.url}/v1/completions", json=beams, timeout=SECONDS)
+            head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            upload.sendall(f"{head}Content-Length: {len(late)}\r\n\r\n".encode() + late[:20])
+            wait_until(lambda: running_requests(server) > 0, 30, "the search runs")
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: status(f"{server.url}/ready") == 503, 5, "not ready while stopping")
+            assert not searching.done()
+            upload.sendall(late[20:])
+            answer = upload.makefile("rb").read()
+            found = searching.result()
+        assert server.process.wait(PATIENCE) == 0
+    assert answer.startswith(b"HTTP/1.1 200 ") and b'"completion_tokens":8' in answer, answer
+    assert found.status_code == 200 and found.json()["usage"]["completion_tokens"] == 2 * 48, found.text
+    account.add("SIGTERM", "a beam search and half a body in flight, both answered", [])
+
+
+def test_sigterm_while_it_starts(profile: Path, tmp_path: Path) -> None:
+    """The engine, which loads the model in a process of its own, does not outlive it, and nobody waits for a minute."""
+    argv = command("serve", "demo", "--profile", str(profile), *FLAGS, "--port", str(free_port()))
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT)
+    leader = psutil.Process(process.pid)
+    wait_until(
+        lambda: any("EngineCore" in "".join(c.cmdline()) for c in leader.children()), 120, "an engine is started"
+    )
+    family = leader.children(recursive=True)
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert not psutil.wait_procs(family, 20)[1], "no process is left behind"
 
 
 def test_sigterm_leaves_nobody_waiting(serve: Serving, account: Account, texts: list[str]) -> None:

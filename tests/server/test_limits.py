@@ -319,3 +319,20 @@ def test_a_stream_that_breaks_ends_without_an_end(port: int, caplog: pytest.LogC
     assert not answer.endswith(b"0\r\n\r\n"), "the client can tell that something is missing"
     assert SECRET.encode() not in answer
     assert "RuntimeError in tests.server.test_limits" in caplog.text
+
+
+@pytest.mark.parametrize("protect_all", [True, False])
+@pytest.mark.parametrize(
+    ("headers", "admitted"),
+    [
+        ((), False),
+        (((b"origin", b"https://a"),), False),
+        (((b"origin", b"https://a"), (b"access-control-request-method", b"GET")), True),
+    ],
+)
+def test_options_that_are_no_preflight_need_the_key(
+    headers: tuple[tuple[bytes, bytes], ...], admitted: bool, protect_all: bool
+) -> None:
+    """A mounted application, as that of metrics is, may answer OPTIONS as it does GET."""
+    rules = Rules.of(RequestLimits(protect_all=protect_all), ["k3y"], False)
+    assert rules.admits({"method": "OPTIONS", "path": "/metrics", "headers": list(headers)}) is admitted

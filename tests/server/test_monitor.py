@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,3 +101,16 @@ def test_workers_are_left_alone_while_nothing_runs(monkeypatch: pytest.MonkeyPat
     busy, idle, again = asyncio.run(watch())
     assert busy >= 5 and again >= 5
     assert idle <= 1, "once more after the last step, and then no more"
+
+
+@pytest.mark.parametrize(("running", "stepped", "ready"), [(4, 0.0, True), (3, 0.0, False), (4, 600.0, False)])
+def test_a_canary_that_finds_no_place_is_no_reason_to_distrust_answers(
+    running: int, stepped: float, ready: bool
+) -> None:
+    """A few long answers may take all places for long; but not if nothing moves, or a place is free."""
+    workers: Any = _Workers()
+    workers.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
+    view = SchedulerView(engines={0: EngineView(running=running)}, stepped=time.monotonic() - stepped)
+    monitor = Monitor(workers, view, "demo", None, Limits(), 60.0)
+    monitor.canary.state, monitor.canary.answered = "passed", time.monotonic() - 3600
+    assert monitor.ready[0] is ready, monitor.ready[1]

@@ -6,6 +6,8 @@ outside, a full prefix cache and an empty one look the same.
 
 from __future__ import annotations
 
+import os
+import secrets
 import time
 from typing import Any
 
@@ -21,9 +23,10 @@ from vllm_spectral.backend.orphan import end_with_parent
 USED_KEY, CACHED_KEY = "spectral:used_blocks", "spectral:cached_blocks"
 """Where the counts travel: in ``SchedulerStats.num_kv_fetch_reqs_by_stage``, the one field of the statistics that is a
 free table of numbers; who reads the statistics takes them out again."""
-CANARY_PREFIX = "canary-"
+CANARY_PREFIX = f"canary-{os.environ.setdefault('SPECTRAL_CANARY', secrets.token_hex(8))}-"
 """How the ids of the canary's requests begin. It goes before all that wait: it is there to say what answers are worth, not
-how long the queue is."""
+how long the queue is. Some routes let clients name their requests, and they shall not: drawn by the process that starts
+all others of a server, which inherit it."""
 WATCHER = 0
 """Index of the front end that watches: where several processes serve HTTP, it hears of every step."""
 _FIRST = -(2**31)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from vllm_spectral import __version__
 from vllm_spectral.cli import calibrate, demo_model, doctor, evaluate, inspect, serve, top
@@ -39,6 +42,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM raise SystemExit, as SIGINT raises KeyboardInterrupt: what was started is taken down.
+
+    Until a server serves, and has ways of its own to stop. In a container, whose first process ignores signals that it does
+    not handle, nothing would happen at all while a model is loaded.
+    """
+
+    def stop(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     parser = build_parser()
@@ -47,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     try:
-        code: int = args.run(args)
+        with _ended_by_sigterm():
+            code: int = args.run(args)
     except SpectralError as error:
         print(f"vllm-spectral: error: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code

@@ -51,6 +51,12 @@ def test_a_mixed_step_with_odd_sizes_a_window_and_a_soft_cap_compiles() -> None:
     assert set(found) == {"pages"}
 
 
+def test_wide_heads_fit_into_shared_memory() -> None:
+    """A prompt's rows are finished by the program that read the pages: both rotations, copies and all."""
+    case = Case(heads=8, query_heads=32, head_dim=256, context=8192, requests=64)
+    assert set(compiled(case, only="pages_kernel", bounds=Bounds(200, 8192))) == {"pages"}
+
+
 def test_the_benchmark_needs_torch_and_triton_alone() -> None:
     """It is carried to machines that have nothing else."""
     code = "import sys, benchmarks.gpu.attention; print(*sorted({name.split('.')[0] for name in sys.modules}))"

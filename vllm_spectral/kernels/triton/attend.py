@@ -74,20 +74,43 @@ def _load_rows(tensor, token, member, valid, head, token_stride, head_stride, G:
 
 
 @triton.jit
-def _square(matrix, D: tl.constexpr, DP: tl.constexpr, TURNED: tl.constexpr):
-    """A ``[D, D]`` matrix, or its transpose, padded with zeros."""
-    i, j = tl.arange(0, DP)[:, None], tl.arange(0, DP)[None, :]
+def _square_rows(matrix, first, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr):
+    """``[ROWS, DP]`` of a ``[D, D]`` matrix, or of its transpose, from row ``first`` on, padded with zeros."""
+    i, j = first + tl.arange(0, ROWS)[:, None], tl.arange(0, DP)[None, :]
     place = matrix + j * D + i if TURNED else matrix + i * D + j
     return tl.load(place, mask=(i < D) & (j < D), other=0.0)
 
 
 @triton.jit
-def _rotated_queries(query, head, key_basis, key_center, key_width, key_flat_width, factor, D: tl.constexpr,
-                     DP: tl.constexpr):  # fmt: skip
+def _halves(rows, M: tl.constexpr, N: tl.constexpr):
+    """The first ``N / 2`` columns of ``[M, N]``, and the others."""
+    return tl.split(tl.permute(tl.reshape(rows, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _times_square(rows, matrix, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TURNED: tl.constexpr):
+    """``[M, DP]`` float32 times a ``[D, D]`` matrix, or its transpose.
+
+    Both parts of each of the matrix's numbers lie in shared memory, which has no room for all of a head wider than 128.
+    """
+    if DP <= 128:
+        return tl.dot(rows, _square_rows(matrix, 0, D, DP, DP, TURNED), input_precision="tf32x3")
+    Q: tl.constexpr = DP // 4
+    low, high = _halves(rows, M, DP)
+    a, b = _halves(low, M, DP // 2)
+    c, d = _halves(high, M, DP // 2)
+    found = tl.dot(a, _square_rows(matrix, 0, D, DP, Q, TURNED), input_precision="tf32x3")
+    found = tl.dot(b, _square_rows(matrix, Q, D, DP, Q, TURNED), found, input_precision="tf32x3")
+    found = tl.dot(c, _square_rows(matrix, 2 * Q, D, DP, Q, TURNED), found, input_precision="tf32x3")
+    return tl.dot(d, _square_rows(matrix, 3 * Q, D, DP, Q, TURNED), found, input_precision="tf32x3")
+
+
+@triton.jit
+def _rotated_queries(query, head, key_basis, key_center, key_width, key_flat_width, factor, M: tl.constexpr,
+                     D: tl.constexpr, DP: tl.constexpr):  # fmt: skip
     """Queries ``[M, DP]`` for spectral keys, for the fallback's, and with the fallback's center (``[M]``)."""
     d = tl.arange(0, DP)
-    rotated = tl.dot(query.to(tl.float32), _square(key_basis + head * D * D, D, DP, False), input_precision="tf32x3")
-    rotated *= factor
+    rotated = _times_square(query.to(tl.float32), key_basis + head * D * D, M, D, DP, False) * factor
     width = tl.load(key_width + head * D + d, mask=d < D, other=0.0)[None, :]
     flat_width = tl.load(key_flat_width + head * D + d, mask=d < D, other=0.0)[None, :]
     center = tl.load(key_center + head * D + d, mask=d < D, other=0.0)[None, :]
@@ -192,14 +215,13 @@ def _finish(
     sums, peak, total, query, factor, head, request, before, token, member, position, valid, first, last,
     keys, key_token_stride, key_head_stride, values, value_token_stride, value_head_stride,
     exact_rows, copy_keys, copy_values, value_basis, output, out_token_stride, out_head_stride, query_start,
-    HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COPIES: tl.constexpr,
+    HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, COPIES: tl.constexpr,
     EXACT: tl.constexpr, FIRST: tl.constexpr, RECENT: tl.constexpr, COPY_GROUP: tl.constexpr, SOFT_CAP: tl.constexpr,
     WINDOW: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Rotate the sum over pages back, go on with the exact copies in the model's own coordinates, and write the rows."""
     d = tl.arange(0, DP)
-    turned = _square(value_basis + head * D * D, D, DP, True)
-    sums = tl.dot(sums, turned, input_precision="tf32x3")
+    sums = _times_square(sums, value_basis + head * D * D, M, D, DP, True)
     if EXACT:
         own_start = tl.load(query_start + request)
         # The request's first tokens, then the window of the tile's rows.
@@ -254,7 +276,7 @@ def prepare_kernel(
     valid = row < num_rows
     found = _load_rows(query, row // G, row % G, valid, head, token_stride, head_stride, G, D, DP)
     spectral, flat, center = _rotated_queries(
-        found, head, key_basis, key_center, key_width, key_flat_width, factor, D, DP
+        found, head, key_basis, key_center, key_width, key_flat_width, factor, M, D, DP
     )
     at = (row // G).to(tl.int64) * (HEADS * G) + head * G + row % G
     tl.store(rotated + at[:, None] * D + d, rounded(spectral, EMULATE), mask=valid[:, None] & (d < D))
@@ -301,7 +323,7 @@ def pages_kernel(
             if WHOLE:
                 original = _load_rows(query, token, member, valid, head, token_stride, head_stride_q, G, D, DP)
                 spectral, flat, center = _rotated_queries(
-                    original, head, key_basis, key_center, key_width, key_flat_width, page_factor, D, DP
+                    original, head, key_basis, key_center, key_width, key_flat_width, page_factor, M, D, DP
                 )
                 spectral, flat = rounded(spectral, EMULATE), rounded(flat, EMULATE)
             else:
@@ -323,7 +345,7 @@ def pages_kernel(
                     sums, peak, total, original, factor, head, request, before, token, member, position, valid,
                     first, last, keys, key_token_stride, key_head_stride, values, value_token_stride, value_head_stride,
                     exact_rows, copy_keys, copy_values, value_basis, output, out_token_stride, out_head_stride,
-                    query_start, HEADS, G, D, DP, COPIES, EXACT, FIRST, RECENT, COPY_GROUP, SOFT_CAP, WINDOW, EMULATE,
+                    query_start, HEADS, G, D, DP, M, COPIES, EXACT, FIRST, RECENT, COPY_GROUP, SOFT_CAP, WINDOW, EMULATE,
                 )  # fmt: skip
             else:
                 m = tl.arange(0, M)
@@ -369,5 +391,5 @@ def finish_kernel(
             sums, peak, total, original, factor, head, request, before, token, member, position, valid,
             first, last, keys, key_token_stride, key_head_stride, values, value_token_stride, value_head_stride,
             exact_rows, copy_keys, copy_values, value_basis, output, out_token_stride, out_head_stride,
-            query_start, HEADS, G, D, DP, COPIES, EXACT, FIRST, RECENT, COPY_GROUP, SOFT_CAP, WINDOW, EMULATE,
+            query_start, HEADS, G, D, DP, M, COPIES, EXACT, FIRST, RECENT, COPY_GROUP, SOFT_CAP, WINDOW, EMULATE,
         )  # fmt: skip

@@ -18,6 +18,7 @@ import argparse
 import json
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -285,6 +286,20 @@ def tuned(device: torch.device, scratch: Scratch) -> Tuning:
     return min(found, key=lambda pair: pair[0])[1]
 
 
+def line(case: Case, result: dict[str, Any]) -> str:
+    """What is printed of a case."""
+    what = f"{case.query_heads}/{case.heads} heads, batch {case.requests}, {case.queries} of {case.context} tokens: "
+    if "failed" in result:
+        return f"{what}failed: {result['failed']}"
+    found = what + ", ".join(f"{name} {time:.3f}" for name, time in result["milliseconds"].items()) + " ms"
+    if case.queries > 1:
+        return found
+    return (
+        f"{found}; {result['times_as_fast_as_bf16']:.2f} times as fast as bf16, "
+        f"{100 * result['share_of_copy_bandwidth']:.0f} % of a copy's bandwidth"
+    )
+
+
 def main() -> int:
     args = parser().parse_args()
     if not torch.cuda.is_available():
@@ -304,32 +319,29 @@ def main() -> int:
             print(f"equal to the reference: {check(case, device, tuning):.1e}  {case}", flush=True)
     scratch = Scratch(device)
     tuning = tuned(device, scratch) if args.tune else Tuning()
-    results = []
-    for case in cases(args, properties.total_memory):
-        result = measure(case, device, scratch, tuning)
-        results.append(result)
-        times = ", ".join(f"{name} {time:.3f}" for name, time in result["milliseconds"].items())
-        print(
-            f"{case.query_heads}/{case.heads} heads, batch {case.requests}, context {case.context}: {times} ms; "
-            f"{result['times_as_fast_as_bf16']:.2f} times as fast as bf16, "
-            f"{100 * result['share_of_copy_bandwidth']:.0f} % of a copy's bandwidth",
-            flush=True,
-        )
+    results: dict[str, list[dict[str, Any]]] = {"decode": [], "prefill": []}
+    about = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "device": properties.name,
+        "torch": torch.__version__, "triton": triton.__version__, "command": " ".join(sys.argv),
+        "tuning": asdict(tuning),
+    }  # fmt: skip
+    prompts = [Case(requests=1, queries=n, context=n, bits=args.bits) for n in (2048, 8192)]
+    failed = False
+    for case in [*prompts, *cases(args, properties.total_memory)]:
+        kind, time_case = ("decode", measure) if case.queries == 1 else ("prefill", prefill)
+        try:
+            result = time_case(case, device, scratch, tuning)
+        except Exception as error:
+            # Whoever was lent a GPU wants the others all the same.
+            traceback.print_exc()
+            failed, result = True, {**asdict(case), "failed": str(error)}
+        results[kind].append(result)
+        print(line(case, result), flush=True)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(about | results, indent=1) + "\n")
         torch.cuda.empty_cache()
-    prompts = [
-        prefill(Case(requests=1, queries=n, context=n, bits=args.bits), device, scratch, tuning) for n in (2048, 8192)
-    ]
-    for result in prompts:
-        print(f"prompt of {result['queries']}: {result['milliseconds']} ms")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"), "device": properties.name,
-            "torch": torch.__version__, "triton": triton.__version__, "command": " ".join(sys.argv),
-            "tuning": asdict(tuning), "decode": results, "prefill": prompts,
-        }  # fmt: skip
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Case:
     requests: int = 32
     queries: int = 1
     context: int = 16384
-    block: int = 128
+    block: int = 64
 
 
 @lru_cache(maxsize=8)

@@ -15,6 +15,7 @@ from vllm_spectral.backend.impl import SpectralImpl
 from vllm_spectral.codec.layout import GROUP_TOKENS
 from vllm_spectral.config import UNPROVEN, Mode, SpectralConfig, parse_config
 from vllm_spectral.errors import ConfigError, SpectralError
+from vllm_spectral.kernels.triton.plan import Tuning
 from vllm_spectral.models.known import SUPPORTED_HEAD_DIMS
 
 logger = init_logger("vllm.spectral")
@@ -77,8 +78,9 @@ class SpectralCUDABackend(FlashAttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """The nearest that pages can have."""
-        return -(-default_block_size // GROUP_TOKENS) * GROUP_TOKENS
+        """The nearest that holds whole tiles: then a tile asks the block table once."""
+        tile = Tuning().groups * GROUP_TOKENS
+        return -(-default_block_size // tile) * tile
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

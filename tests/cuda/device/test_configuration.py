@@ -97,10 +97,10 @@ def test_older_gpus_are_refused(configured: Configured, monkeypatch: pytest.Monk
         selected(configured())
 
 
-def test_blocks_are_whole_groups(configured: Configured) -> None:
+def test_blocks_are_whole_tiles(configured: Configured) -> None:
     """VLLM's default of 16 tokens is none."""
     with set_current_vllm_config(configured()):
-        assert [SpectralCUDABackend.get_preferred_block_size(size) for size in (16, 32, 33)] == [32, 32, 64]
+        assert [SpectralCUDABackend.get_preferred_block_size(size) for size in (16, 64, 65)] == [64, 64, 128]
     assert SpectralCUDABackend.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
 
 

@@ -51,7 +51,8 @@ def test_a_captured_step_replays_with_other_lengths() -> None:
         output.fill_(torch.nan)
         graph.replay()
         torch.cuda.synchronize()
-        close(output.cpu().float(), step.reference(False), KERNEL_BF16)
+        # Two rows, and outputs of bf16: nothing averages out.
+        close(output.cpu().float(), step.reference(False), 3 * KERNEL_BF16)
 
 
 def test_scratch_does_not_grow_under_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from vllm_spectral.errors import KernelError
 from vllm_spectral.kernels.interface import Bounds, Exact, Pool, Requests
 from vllm_spectral.kernels.library import TRITON
 from vllm_spectral.kernels.triton.attend import LOG2_E, finish_kernel, pages_kernel, prepare_kernel
-from vllm_spectral.kernels.triton.plan import SMALLEST_TILE, Plan, Tuning, most_scratch, plan_step
+from vllm_spectral.kernels.triton.plan import PROMPT_WARPS, SMALLEST_TILE, Plan, Tuning, most_scratch, plan_step
 from vllm_spectral.kernels.triton.store import copy_kernel, store_kernel
 from vllm_spectral.kernels.triton.tables import AttendTables, ReadTable, WriteTable, layer_tables, power_of_two
 
@@ -292,9 +292,10 @@ class TritonLayer:
         options: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": kernel != "store"}
         if kernel == "copy":
             options["num_warps"] = 1
-        if plan is not None:
-            # Sums of many rows fill the registers of twice as many warps.
-            options["num_warps"] = plan.tuning.warps * (2 if plan.rows > SMALLEST_TILE else 1)
+        if plan is not None and plan.rows > SMALLEST_TILE:
+            options["num_warps"] = PROMPT_WARPS
+        elif plan is not None:
+            options["num_warps"] = plan.tuning.warps
             if plan.tuning.registers:
                 options["maxnreg"] = plan.tuning.registers
         return options

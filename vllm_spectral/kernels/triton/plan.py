@@ -12,6 +12,8 @@ SMALLEST_TILE = 16
 """Rows of a tensor-core product; fewer are padded."""
 _LARGEST_TILE = 64
 """Rows whose sums still fit the registers."""
+PROMPT_WARPS = 8
+"""Sums of so many rows fill the registers of twice as many warps as a decode step has by default."""
 _MOST_SPLITS = 64
 
 
@@ -21,10 +23,11 @@ class Tuning:
 
     Attributes:
         groups: groups of 32 tokens per tile.
-        warps: warps per program of the pages kernel whose tile is the smallest, a decode step's; others have twice as many.
+        warps: warps per program of the pages kernel whose tile is the smallest, a decode step's; others have
+            :data:`PROMPT_WARPS`.
         programs_per_processor: shares are cut until each multiprocessor has so many programs.
         least_tiles: a share has at least so many tiles.
-        registers: most registers per thread of the pages kernel; 0: the compiler's choice.
+        registers: most registers per thread of such a program; 0: the compiler's choice.
     """
 
     groups: int = 2

@@ -60,14 +60,15 @@ class Engine(AsyncLLM):
         """
         first, self.stopping = not self.stopping, True
         loop = self._loop_of_another_thread() if first else None
-        if loop is not None:
-            deadline = time.monotonic() + (timeout or 0.0)
-            while self._in_flight() and not (self.errored or self.lost()) and time.monotonic() < deadline:
-                time.sleep(_LOOK_SECONDS)
-            with contextlib.suppress(TimeoutError):
-                asyncio.run_coroutine_threadsafe(self._end(), loop).result(END_SECONDS)
-            timeout = END_SECONDS
-        super().shutdown(timeout)
+        try:
+            if loop is not None:
+                deadline, timeout = time.monotonic() + (timeout or 0.0), END_SECONDS
+                while self._in_flight() and not (self.errored or self.lost()) and time.monotonic() < deadline:
+                    time.sleep(_LOOK_SECONDS)
+                with contextlib.suppress(TimeoutError):
+                    asyncio.run_coroutine_threadsafe(self._end(), loop).result(END_SECONDS)
+        finally:
+            super().shutdown(timeout)
 
     def _in_flight(self) -> int:
         return self.working + int(self.get_num_unfinished_requests())

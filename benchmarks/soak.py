@@ -175,7 +175,7 @@ def plot(samples: Sequence[Sample], path: Path) -> None:
     minutes = [one.seconds / 60 for one in samples]
     memory.plot(minutes, [one.resident_bytes / 1e9 for one in samples])
     memory.set_ylabel("resident memory, GB")
-    memory.set_ylim(0)
+    memory.set_ylim(0, 1.2e-9 * max(one.resident_bytes for one in samples))
     width = max(1, round(60 / SAMPLE_SECONDS))
     speed.plot(minutes[width:], rates(samples, width))
     speed.set_ylabel("output tokens/s")

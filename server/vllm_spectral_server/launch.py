@@ -104,8 +104,8 @@ def set_environment(args: Namespace) -> None:
         # Even then vLLM compiles a few functions when they are first used, log-probabilities among them, and where there is
         # no compiler the first canary would end the engine.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # A product is compiled for every number of tokens that a step happens to have, and 1024 of them are 130 MB that fill up
-    # over hours. What a GPU runs does not ask for it.
+    # A product is compiled for every number of tokens that a step happens to have, and 1024 of them fill up hundreds of
+    # megabytes over hours. What a GPU runs does not ask for it.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
 
 

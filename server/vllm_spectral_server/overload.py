@@ -6,16 +6,16 @@ How many requests may be unfinished is vLLM's ``--max-num-queued-reqs``, and so 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import deque
-from typing import Any
 
 from starlette.datastructures import MutableHeaders
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_spectral_server.engine import CUT_SHORT
+from vllm_spectral_server.limits import refusal
 
 MIDDLEWARE = f"{__name__}.Overload"
 WINDOW_SECONDS = 30.0
@@ -42,7 +42,7 @@ class Overload:
             return
         engine = scope["app"].state.spectral.engine
         if engine.stopping:
-            await _refuse(send, STOPPING)
+            await _refused(STOPPING)(scope, receive, send)
             return
         status = 0
         cut_short = False
@@ -56,7 +56,7 @@ class Overload:
                 # Whatever went wrong then went wrong because of it.
                 cut_short = engine.over and status == 500
                 if cut_short:
-                    await _refuse(send, CUT_SHORT)
+                    await _refused(CUT_SHORT)(scope, receive, send)
             if cut_short:
                 return
             engine.working -= 1
@@ -72,7 +72,7 @@ class Overload:
         except Exception:
             if status or not engine.over:
                 raise
-            await _refuse(send, CUT_SHORT)
+            await _refused(CUT_SHORT)(scope, receive, send)
         finally:
             engine.working -= 1
             self._in_flight -= 1
@@ -82,29 +82,22 @@ class Overload:
     def _note_end(self) -> None:
         now = time.monotonic()
         self._ended.append(now)
-        while self._ended[0] < now - WINDOW_SECONDS:
+        self._forget(now)
+
+    def _forget(self, now: float) -> None:
+        while self._ended and self._ended[0] < now - WINDOW_SECONDS:
             self._ended.popleft()
 
     def retry_seconds(self) -> int:
         """In how many seconds about half of the requests in flight will have been answered, at the rate of late."""
         now = time.monotonic()
-        while self._ended and self._ended[0] < now - WINDOW_SECONDS:
-            self._ended.popleft()
+        self._forget(now)
         if not self._ended:
             return MOST_SECONDS // 2
         rate = len(self._ended) / max(now - self._ended[0], 1.0)
         return min(max(math.ceil(self._in_flight / 2 / rate), 1), MOST_SECONDS)
 
 
-async def _refuse(send: Send, why: str) -> None:
-    # The shape of vLLM's own errors.
-    error: dict[str, Any] = {"message": why, "type": "Service Unavailable", "param": None, "code": 503}
-    body = json.dumps({"error": error}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"retry-after", str(MOST_SECONDS // 2).encode()),
-        (b"connection", b"close"),
-    ]
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _refused(why: str) -> JSONResponse:
+    headers = {"retry-after": str(MOST_SECONDS // 2), "connection": "close"}
+    return refusal(503, "Service Unavailable", why, headers)

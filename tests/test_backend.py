@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_spectral.backend.impl import _refuse_draft_models
+from vllm_spectral.backend.impl import _refuse_draft_models, _refuse_transfer
 from vllm_spectral.errors import ConfigError
 
 
@@ -24,3 +24,9 @@ def test_draft_models_are_refused(method: str) -> None:
 @pytest.mark.parametrize("method", [None, "ngram", "suffix"])
 def test_speculation_without_one_is_not(method: str | None) -> None:
     _refuse_draft_models(config(method))
+
+
+def test_pages_that_others_bring_are_refused() -> None:
+    _refuse_transfer(SimpleNamespace(kv_transfer_config=None))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no connector compares"):
+        _refuse_transfer(SimpleNamespace(kv_transfer_config=object()))  # type: ignore[arg-type]

@@ -35,6 +35,14 @@ def test_about_one_step_in_ten_is_sampled_and_layers_take_turns(observer: Observ
     assert observer.sampled_steps == len(found)
 
 
+def test_the_moments_are_counted_where_steps_are_sampled(layer: LayerProfile) -> None:
+    codec = layer.codec(64, Codebooks(normal_codebooks()))
+    heads = codec.layout.num_heads
+    sums = 3 * 8 * (heads * DIM * DIM + heads * DIM)
+    assert LayerObserver(Observer(10), 0, codec, None, None, DIM**-0.5).resident_bytes == sums
+    assert LayerObserver(Observer(0), 0, codec, None, None, DIM**-0.5).resident_bytes == 0
+
+
 def test_ranks_choose_alike(layer: LayerProfile) -> None:
     codec = layer.codec(64, Codebooks(normal_codebooks()))
     chosen = []

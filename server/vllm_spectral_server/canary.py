@@ -30,6 +30,8 @@ RATIO_SLACK, DRIFT_SLACK = 1.08, 0.015
 """How far a layer's figures may be from what its profile says of the canary: times the error ratio, and beside the drift. A
 server's own keys and values differ a little, since it reads compressed ones on the way, and arithmetic differs by machine:
 sound ones stayed within 1.02 and 0.002, a damaged layer began at 1.1 and 0.04 (``docs/metrics.md``)."""
+LOOKS = 3
+"""At layers that do not pass while predictions do, before they are said to fail."""
 FIRST_JUDGED = 32
 """Positions before this one read hardly anything from pages."""
 
@@ -212,6 +214,24 @@ class Canary:
         """
         if not self._exact:
             return
+        for _ in range(LOOKS):
+            verdicts = await self._sing(look)
+            # The answer is right, and a layer past its limits: workers know the canary by its length alone, and may have
+            # looked at somebody else's prompt, for which the limits are not made. That one is not there every time.
+            if not self.failing or not all(verdict.kl <= self.limits.kl for verdict in verdicts):
+                break
+        kl = worst(verdict.kl for verdict in verdicts)
+        assert kl is not None
+        self.verdict = Verdict(kl, min(verdict.top1 for verdict in verdicts))
+        self.time, self.runs = time.time(), self.runs + 1
+        self.answered = time.monotonic()
+        reasons = list(self._reasons(verdicts, self.verdict))
+        self.state = "failed" if reasons else "passed"
+        self.failures += bool(reasons)
+        self.message = "; ".join(reasons) or "answers as the exact cache does"
+
+    async def _sing(self, look: Callable[[], Awaitable[dict[int, LayerCheck]]]) -> list[Verdict]:
+        """Answer once on every rank, and look at the layers meanwhile."""
         await look()
         await self.ask("spectral_expect_canary", len(self._tokens))
         start = time.monotonic()
@@ -223,15 +243,7 @@ class Canary:
         # Of the quickest run: the first has a cold process, later ones wait for others.
         self._cost = min(self._cost or math.inf, time.monotonic() - start)
         self.layers = await look() or self.layers
-        kl = worst(verdict.kl for verdict in verdicts)
-        assert kl is not None
-        self.verdict = Verdict(kl, min(verdict.top1 for verdict in verdicts))
-        self.time, self.runs = time.time(), self.runs + 1
-        self.answered = time.monotonic()
-        reasons = list(self._reasons(verdicts, self.verdict))
-        self.state = "failed" if reasons else "passed"
-        self.failures += bool(reasons)
-        self.message = "; ".join(reasons) or "answers as the exact cache does"
+        return verdicts
 
     def _reasons(self, verdicts: Sequence[Verdict], verdict: Verdict) -> Iterator[str]:
         limits = self.limits

@@ -39,6 +39,8 @@ REFUSED = {
     "--grpc --grpc-port": "only HTTP is served: leave it out",
     "--disable-log-stats": "it would hide from us what is in use: leave it out",
     "--scheduler-cls --worker-extension-cls": "taken by vllm-spectral",
+    "--kv-transfer-config --kv-offloading-size": "pages mean something only with their profile, which no connector compares",
+    "--revision": "a model of the hub is served as its main branch has it; for another, download it and name its directory",
 }
 """Serving flags of vLLM, and why they are refused."""
 _ONE_IS_FINE = {"--pipeline-parallel-size", "--nnodes"}

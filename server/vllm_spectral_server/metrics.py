@@ -95,7 +95,10 @@ METRICS = (
     Metric("exact_tier_bytes", "gauge", "Pool of exact copies beside the pages.", _memory("exact_tier_bytes")),
     Metric("exact_tier_used_bytes", "gauge", "The part of it assigned to tokens.", _memory("exact_tier_used_bytes")),
     Metric("workspace_bytes", "gauge", "Scratch of the attention kernels.", _memory("workspace_bytes")),
-    Metric("profile_bytes", "gauge", "Bases, spectra and tables held resident.", _memory("profile_bytes")),
+    Metric(
+        "profile_bytes", "gauge", "Bases, spectra and tables held resident, and the moments of live traffic.",
+        _memory("profile_bytes"),
+    ),
     Metric("resident_bytes", "gauge", "Pool, exact tier, workspace and profile.", _memory("resident_bytes")),
     Metric("capacity_tokens", "gauge", "Tokens that the pages hold.", _memory("capacity_tokens")),
     Metric("used_tokens", "gauge", "Token slots in pages held by requests.", _memory("used_tokens")),

@@ -24,7 +24,7 @@ class LayerCost(BaseModel):
     compressed: bool
     page_bytes: int = Field(description="the layer's page tensor")
     exact_tier_bytes: int = Field(description="the layer's exact copies")
-    static_bytes: int = Field(description="bases, spectra and tables held resident")
+    static_bytes: int = Field(description="bases, spectra and tables held resident, and the moments of live traffic")
 
 
 class RankMemory(BaseModel):
@@ -73,7 +73,7 @@ class CacheMemory(BaseModel):
     )
     exact_tier_used_bytes: int = Field(description="the part of it that is assigned to tokens")
     workspace_bytes: int = Field(description="scratch of the attention kernels, shared by all layers")
-    profile_bytes: int = Field(description="bases, spectra and tables held resident")
+    profile_bytes: int = Field(description="bases, spectra and tables held resident, and the moments of live traffic")
     resident_bytes: int = Field(description="pool_bytes + exact_tier_bytes + workspace_bytes + profile_bytes")
     effective_compression_ratio: float = Field(description="bf16 bytes of a full cache over resident_bytes")
     effective_bits_per_element: float = Field(description="16 / effective_compression_ratio")

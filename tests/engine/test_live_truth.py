@@ -260,13 +260,16 @@ def test_a_profile_is_made_from_traffic(
 
 @pytest.fixture(scope="module")
 def damaged(calibrated: Path, work: Path) -> Iterator[Server]:
-    """A server whose profile has the transposed basis of one layer's keys: the bug that this project began with."""
+    """A server whose profile has the transposed basis of one layer's keys: the bug that this project began with.
+
+    Its last layer is exempt, so that there are pages of two sizes.
+    """
     profile = load_profile(calibrated)
     layers = list(profile.layers)
     layers[11] = dataclasses.replace(layers[11], key_basis=layers[11].key_basis.mT.contiguous())
     path = work / "damaged.spectral"
     save_profile(dataclasses.replace(profile, layers=tuple(layers)), path)
-    with serving(path, work / "damaged.log", "--fidelity-every", "5") as running:
+    with serving(path, work / "damaged.log", "--fidelity-every", "5", "--exempt-layers", "29") as running:
         yield running
 
 
@@ -283,6 +286,12 @@ def test_a_damaged_profile_is_not_ready_and_names_its_layer(damaged: Server) -> 
     assert "layer 11:" in damaged.log.read_text()
     seen = metrics(damaged)
     assert seen["ready"] == 0 and seen["canary_failures_total"] >= 1 and seen["alarms.canary"] == 1
+
+
+def test_pages_of_two_sizes_are_what_vllm_allocated(damaged: Server) -> None:
+    (rank,) = body(damaged, "memory")["ranks"]
+    assert [layer["compressed"] for layer in rank["layers"]] == [True] * 29 + [False]
+    assert rank["pool_bytes"] == rank["allocated_bytes"] == sum(layer["page_bytes"] for layer in rank["layers"])
 
 
 def test_live_traffic_shows_the_damage_too(damaged: Server) -> None:

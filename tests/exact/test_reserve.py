@@ -19,12 +19,11 @@ REQUEST = 80 * TOKEN
 """A group of 8 first tokens; 63 recent ones lie in at most 9 groups."""
 
 
-def vllm(given: int | None, *, seqs: int = 256, speculative: int = 0, transfer: bool = False) -> Any:
+def vllm(given: int | None, *, seqs: int = 256, speculative: int = 0) -> Any:
     return SimpleNamespace(
         cache_config=SimpleNamespace(block_size=32, kv_cache_memory_bytes=given, gpu_memory_utilization=0.5),
         scheduler_config=SimpleNamespace(max_num_seqs=seqs),
         speculative_config=SimpleNamespace(num_speculative_tokens=speculative) if speculative else None,
-        kv_transfer_config=object() if transfer else None,
     )
 
 
@@ -77,7 +76,7 @@ def test_speculative_tokens_are_kept_as_well() -> None:
 
 @pytest.mark.parametrize("fields", [{"exact_bytes": 0}, {"exact_first_tokens": 0, "exact_recent_tokens": 0}])
 def test_it_can_be_switched_off(fields: dict[str, int]) -> None:
-    assert reserve(vllm(1 << 30, transfer=True), **fields) is None
+    assert reserve(vllm(1 << 30), **fields) is None
 
 
 def test_what_makes_no_sense_is_refused() -> None:
@@ -85,8 +84,6 @@ def test_what_makes_no_sense_is_refused() -> None:
         reserve(vllm(1 << 30), exact_bytes=REQUEST - 1)
     with pytest.raises(ConfigError, match="leave nothing"):
         reserve(vllm(2 * REQUEST), exact_bytes=2 * REQUEST)
-    with pytest.raises(ConfigError, match="KV transfer"):
-        reserve(vllm(1 << 30, transfer=True))
 
 
 def test_a_copy_is_the_same_for_its_own_step_and_for_later_ones() -> None:

@@ -49,6 +49,22 @@ def test_a_head_size_that_no_vector_divides_is_refused() -> None:
         NativeLayer(codec_of(1, 40, 4.0))
 
 
+def test_a_head_size_that_has_no_room_is_refused() -> None:
+    with pytest.raises(KernelError, match="up to 256, not 320"):
+        NativeLayer(codec_of(1, 320, 4.0))
+
+
+def test_pages_in_which_groups_of_tokens_are_no_whole_vectors_are_refused() -> None:
+    codec = codec_of(2, 64, 3.0)
+    layer, keys = NativeLayer(codec), tokens(16, 0, 2, 64, torch.bfloat16)
+    slot = codec.layout.slot_bytes
+    with pytest.raises(ValueError, match="whole groups of 32 tokens, not 16"):
+        layer.store(keys, keys, torch.zeros(2, 2, 16, slot, dtype=torch.uint8), torch.arange(16))
+    shifted = torch.zeros(2 * 2 * 32 * slot + 8, dtype=torch.uint8)[8:].view(2, 2, 32, slot)
+    with pytest.raises(ValueError, match="multiples of 64 bytes"):
+        layer.store(keys, keys, shifted, torch.arange(16))
+
+
 def test_what_the_kernels_keep_is_counted() -> None:
     codec = codec_of(2, 64, 3.0)
     basis = 2 * 64 * 64 * 4

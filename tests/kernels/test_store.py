@@ -47,6 +47,21 @@ def test_bytes_equal_for_any_step(isa: str, count: int, seed: int, block: int, d
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_bytes_equal_of_vectors_that_are_not_finite(isa: str) -> None:
+    """Infinite, no number, or too large for a square: a broken model's tokens are stored as the reference stores them."""
+    codec = codec_of(2, 64, 3.0)
+    keys, values = tokens(40, 5, 2, 64, torch.bfloat16), tokens(40, 6, 2, 64, torch.bfloat16)
+    for row, x in ((2, torch.inf), (5, torch.nan), (9, 1e20), (17, -torch.inf)):
+        keys[row, 0, 3], values[row + 1, 1, 60] = x, x
+    keys[30], values[31] = torch.nan, 3e38
+    expected = torch.zeros(2, 2, 32, codec.layout.slot_bytes, dtype=torch.uint8)
+    found = expected.clone()
+    codec.layout.write(expected, torch.arange(40), codec.encode(keys, values))
+    NativeLayer(codec, kernels(isa)).store(keys, values, found, torch.arange(40))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_rows_may_be_strided(isa: str) -> None:
     """The model hands over views of one projection's output."""
     codec = codec_of(3, 64, 3.0)

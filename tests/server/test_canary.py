@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -96,7 +97,8 @@ def sing(engine: Engine, *finds: dict[int, LayerCheck], profile: Any = None) -> 
     async def work() -> None:
         await canary.record()
         for found in finds:
-            answers = iter([{}, found])
+            # Whatever is found is found again, however often it is looked for.
+            answers = itertools.cycle([{}, found])
 
             async def look(answers: Any = answers) -> dict[int, LayerCheck]:
                 return next(answers)  # type: ignore[no-any-return]
@@ -144,6 +146,24 @@ def test_a_run_that_could_not_look_does_not_heal() -> None:
     """Under load the prompt is cut into steps, and the layers are not seen; the damage is still there."""
     assert sing(Engine(), {1: DAMAGED}, {}).state == "failed"
     assert sing(Engine(), {1: DAMAGED}, {1: SOUND}).state == "passed"
+
+
+def test_somebody_elses_prompt_of_its_length_is_no_failure() -> None:
+    """Workers tell the canary by its length: what they saw of another prompt is not there when they look again."""
+    finds = iter([{}, {0: DAMAGED}, {}, {0: SOUND}])
+    engine = Engine()
+    canary = Canary(engine, 1, engine.ask, 60.0, Limits())
+
+    async def look() -> dict[int, LayerCheck]:
+        return next(finds)
+
+    async def work() -> None:
+        await canary.record()
+        await canary.run(look)
+
+    asyncio.run(work())
+    assert (canary.state, canary.runs, canary.failures) == ("passed", 1, 0)
+    assert not list(finds)
 
 
 def test_a_reference_that_is_not_exact_is_never_compared_with() -> None:

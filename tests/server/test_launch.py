@@ -42,6 +42,7 @@ def test_what_is_served(flags: tuple[str, ...]) -> None:
         ("--data-parallel-size", "2", "--data-parallel-size-local", "1"), ("--data-parallel-hybrid-lb",), ("--grpc",),
         ("--api-server-count", "2", "--enable-elastic-ep"),
         ("--disable-log-stats",), ("--scheduler-cls", "any.Scheduler"), ("--worker-extension-cls", "any.Extension"),
+        ("--revision", "v1"), ("--kv-offloading-size", "1"),
     ],
 )  # fmt: skip
 def test_what_is_refused_and_by_which_name(flags: tuple[str, ...]) -> None:

@@ -54,10 +54,6 @@ class ExactTier:
         )
         if not window or config.exact_bytes == 0:
             return None
-        if vllm_config.kv_transfer_config is not None:
-            raise ConfigError(
-                "KV transfer fills pages behind the exact tier's back: switch the tier off (exact memory 0) or the transfer"
-            )
         cache, block_size = vllm_config.cache_config, vllm_config.cache_config.block_size
         size, layer_bytes = group_tokens(block_size), copy_bytes(num_heads, head_dim)
         entry_bytes = size * layer_bytes * num_layers

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -44,16 +45,38 @@ UNSEEN = (
 )
 
 
-@lru_cache(maxsize=1)
-def load_once(config: SpectralConfig, model: str) -> Profile:
+def load_once(config: SpectralConfig, model: str, revision: str | None = None) -> Profile:
     """One read of the profile per process, however many layers ask; before the model's weights are loaded.
+
+    Args:
+        config: our configuration, which names the file.
+        model: what vLLM was given as the model.
+        revision: and as its revision on the hub.
 
     Raises:
         SpectralError: if the profile is unsound or belongs to another model.
     """
     assert config.profile is not None  # parse_config guarantees it
+    try:
+        found = config.profile.stat()
+    except OSError:
+        return _load(config, model, revision)  # which says what is wrong
+    key = (config, model, revision, found.st_ino, found.st_size, found.st_mtime_ns)
+    profile = _LOADED.get(key)
+    if profile is None:
+        profile = _LOADED[key] = _load(config, model, revision)
+    return profile
+
+
+_LOADED: WeakValueDictionary[tuple[object, ...], Profile] = WeakValueDictionary()
+"""Until the last layer has taken its part. Names the file's version, too: a process may make one engine after the other."""
+
+
+def _load(config: SpectralConfig, model: str, revision: str | None) -> Profile:
+    assert config.profile is not None
     profile = load_profile(config.profile)
-    require_model(profile, ModelDescription.from_directory(resolve_model(model)).fingerprint(), config.profile)
+    directory = resolve_model(model, revision=revision)
+    require_model(profile, ModelDescription.from_directory(directory).fingerprint(), config.profile)
     if config.digest not in (None, profile.digest):
         raise ProfileDigestError(
             f"{config.profile} has digest {profile.digest}, the configuration asks for {config.digest}"
@@ -75,6 +98,15 @@ def _refuse_draft_models(vllm_config: VllmConfig) -> None:
         raise ConfigError(
             f"speculative method {speculative.method} brings a draft model, which has no profile; without one: "
             + ", ".join(_DRAFTLESS)
+        )
+
+
+def _refuse_transfer(vllm_config: VllmConfig) -> None:
+    """What a connector brings was written by another process, or another day: nothing of it says by which profile."""
+    if vllm_config.kv_transfer_config is not None:
+        raise ConfigError(
+            "KV transfer (a connector, or offloading) is not supported: compressed pages mean something only with their "
+            "profile, which no connector compares, and tokens that it brings have no exact copies: leave it out"
         )
 
 
@@ -121,9 +153,11 @@ class SpectralImpl(AttentionImpl):
         assert config is not None  # SpectralCPUBackend chose this class because of it
         self._config = config
         _refuse_draft_models(self._vllm_config)
+        _refuse_transfer(self._vllm_config)
         # VLLM builds the model with its device as torch's default; a profile is read where its digest is computed.
         with _HOST:
-            self._profile = load_once(config, self._vllm_config.model_config.model)
+            model = self._vllm_config.model_config
+            self._profile: Profile | None = load_once(config, model.model, model.revision)
         self.codec: LayerCodec | None = None
         self.copies: LayerCopies | None = None
         self.kernels: LayerKernels | None = None
@@ -137,7 +171,15 @@ class SpectralImpl(AttentionImpl):
 
     def _take_part(self, device: torch.device) -> None:
         name, index, layer = layer_of(self, self._vllm_config)
-        profile = self._profile
+        # Let go of: a rank of several keeps its own heads, and the others' are worth more than these.
+        profile, self._profile = self._profile, None
+        if profile is None:
+            # Tokens of requests that go on are in pages and copies, which another codec and an empty pool would lose.
+            logger.warning_once(
+                "weights were loaded again: pages are compressed by the profile of the model as it was; if the weights are "
+                "others, calibrate anew"
+            )
+            return
         if index in self._config.exempt_layers:
             logger.info("layer %s is exempt: stock pages", name)
             layer.attn_backend = self.dense

@@ -156,6 +156,10 @@ class LayerObserver:
         layer: the layer's number.
         codec, copies, kernels: the layer's.
         scale: factor of its scores.
+
+    Attributes:
+        moments: of live traffic.
+        resident_bytes: what they take; none where no step is sampled.
     """
 
     def __init__(
@@ -170,6 +174,7 @@ class LayerObserver:
         self.observer = observer
         self.layer = layer
         self.moments = LayerMoments(codec.layout.num_heads, codec.layout.head_dim)
+        self.resident_bytes = self.moments.occupy() if observer.every else 0
         self._codec = codec
         self._yardstick = Yardstick(codec)
         self._copies = copies

@@ -74,14 +74,16 @@ class WorkerExtension:
             exact = impl.copies.resident_bytes if impl.copies else 0
             if impl.copies:
                 exact_used += impl.copies.used_bytes
-            layers.append(LayerMemory.of_codec(name, impl.codec, impl.num_heads, pages, impl.kernels, exact))
+            watched = impl.seen.resident_bytes if impl.seen else 0
+            layers.append(LayerMemory.of_codec(name, impl.codec, impl.num_heads, pages, impl.kernels, exact, watched))
         first = next(iter(self._spectral_compressed()), None)
         on_cpu = all(layer.kv_cache.device.type == "cpu" for _, layer in self._spectral_layers())
         config = self.model_runner.kv_cache_config
         return WorkerMemory(
             layers=tuple(layers),
             num_blocks=config.num_blocks,
-            allocated_bytes=sum(tensor.size for tensor in config.kv_cache_tensors),
+            # One allocation: every entry has the size of all of it, and pages of several sizes are several entries.
+            allocated_bytes=max((tensor.size for tensor in config.kv_cache_tensors), default=0),
             # On a GPU every layer's kernels have tables of their own, which are counted there.
             shared_bytes=first.codec.codebooks.resident_bytes if first and first.codec and on_cpu else 0,
             exact_used_bytes=exact_used,

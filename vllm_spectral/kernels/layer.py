@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 
 import torch
 from torch import Tensor
 
 from vllm_spectral.codec.codebook import MAX_BITS
-from vllm_spectral.codec.layout import FIELDS_START, VECTOR_BYTES
+from vllm_spectral.codec.layout import FIELDS_START, GROUP_TOKENS, VECTOR_BYTES
 from vllm_spectral.codec.quantizer import (
     FALLBACK_GAIN,
     FALLBACK_SLACK,
@@ -24,15 +25,22 @@ from vllm_spectral.kernels.library import CodingSpec, LayerSpec, Library, Pages,
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LANES = 16
+_LARGEST_HEAD = 256
+"""What a row of a query has room for in registers and on the stack."""
 _MOST_SCALES = 8
 """Scales that a kernel tries at once, one per lane, for two tokens."""
 
 
 class Workspace:
-    """Scratch of the kernels, shared by all layers of a process: they run one after another."""
+    """Scratch of the kernels, shared by all layers of a process: they run one after another.
+
+    Attributes:
+        lock: held by whoever uses it: a process may have engines in several threads.
+    """
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.lock = threading.Lock()
 
     @property
     def num_bytes(self) -> int:
@@ -45,8 +53,8 @@ class Workspace:
         return self._buffer.data_ptr()
 
     def grow(self, num_bytes: int) -> None:
-        """Make room for at least so many bytes."""
-        self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        """Make room for at least so many bytes; a few more, since a longer context needs them."""
+        self._buffer = torch.empty(num_bytes + num_bytes // 4, dtype=torch.uint8)
 
 
 WORKSPACE = Workspace()
@@ -61,13 +69,16 @@ class NativeLayer:
 
     Raises:
         KernelError: for a head size that the kernels do not serve.
+        MemoryError: if there is no room for the kernels' tables.
     """
 
     def __init__(self, codec: LayerCodec, lib: Library | None = None) -> None:
         self._lib = lib or library()
         layout = codec.layout
-        if layout.head_dim % _LANES:
-            raise KernelError(f"the kernels serve head sizes that are multiples of {_LANES}, not {layout.head_dim}")
+        if layout.head_dim % _LANES or layout.head_dim > _LARGEST_HEAD:
+            raise KernelError(
+                f"the kernels serve head sizes that are multiples of {_LANES} up to {_LARGEST_HEAD}, not {layout.head_dim}"
+            )
         assert len(SCALE_SEARCH) <= _MOST_SCALES and SCALE_SEARCH.step == 1
         keep: list[Tensor] = []
 
@@ -95,7 +106,9 @@ class NativeLayer:
             len(SCALE_SEARCH), FALLBACK_GAIN,
         )  # fmt: skip
         assert len(codec.scales) == NUM_SCALES
-        self._handle: int = self._lib.layer_create(ctypes.byref(spec))
+        self._handle: int | None = self._lib.layer_create(ctypes.byref(spec))
+        if self._handle is None:
+            raise MemoryError("no memory for the kernels' tables of a layer")
         self._pages: tuple[weakref.ref[Tensor], Pages] | None = None
         self._bases = (codec.keys.basis, codec.values.basis)  # the kernels read them where they are
         weakref.finalize(self, self._lib.layer_destroy, self._handle)
@@ -163,16 +176,34 @@ class NativeLayer:
     def _run(self, call: StepCall, pages: Tensor) -> None:
         if self._pages is None or self._pages[0]() is not pages:
             # Mostly the same tensor as in the last step.
-            place = Pages(pages.data_ptr(), pages.stride(0), pages.stride(1), pages.shape[2])
-            self._pages = (weakref.ref(pages), place)
+            self._pages = (weakref.ref(pages), _place(pages))
         call.pages = self._pages[1]
         call.num_threads = torch.get_num_threads()
-        call.workspace, call.workspace_bytes = WORKSPACE.address, WORKSPACE.num_bytes
-        needed = self._lib.step(self._handle, call)
+        with WORKSPACE.lock:
+            needed = self._try(call)
+            if needed > 0:
+                WORKSPACE.grow(needed)
+                needed = self._try(call)
         if needed:
-            WORKSPACE.grow(needed)
-            call.workspace, call.workspace_bytes = WORKSPACE.address, WORKSPACE.num_bytes
-            self._lib.step(self._handle, call)
+            raise MemoryError("no memory for a step's plan")
+
+    def _try(self, call: StepCall) -> int:
+        call.workspace, call.workspace_bytes = WORKSPACE.address, WORKSPACE.num_bytes
+        return int(self._lib.step(self._handle, call))
+
+
+def _place(pages: Tensor) -> Pages:
+    """Where pages lie.
+
+    Raises:
+        ValueError: if groups of tokens are no whole vectors there.
+    """
+    block, head, _, _ = pages.stride()
+    if pages.shape[2] % GROUP_TOKENS:
+        raise ValueError(f"blocks hold whole groups of {GROUP_TOKENS} tokens, not {pages.shape[2]} tokens")
+    if any(number % VECTOR_BYTES for number in (pages.data_ptr(), block, head)):
+        raise ValueError(f"pages begin at multiples of {VECTOR_BYTES} bytes: vectors are read from them whole")
+    return Pages(pages.data_ptr(), block, head, pages.shape[2])
 
 
 def _point(rows: Rows, tensor: Tensor) -> None:

@@ -24,8 +24,13 @@ def cache_directory() -> Path:
     return Path(explicit) if explicit else Path(base) / "vllm-spectral"
 
 
-def resolve_model(model: str, *, progress: bool = True) -> Path:
+def resolve_model(model: str, *, revision: str | None = None, progress: bool = True) -> Path:
     """The local directory of a MODEL argument: ``demo``, a directory, or the name of a model on the hub.
+
+    Args:
+        model: the argument.
+        revision: branch, tag or commit on the hub; None: the main branch. Of no account for what is local.
+        progress: whether the embedded model's conversion shows how far it is.
 
     Raises:
         SpectralError: if the model cannot be found.
@@ -41,7 +46,8 @@ def resolve_model(model: str, *, progress: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SpectralError(f"cannot get the model {model} from the hub: {reason}") from None

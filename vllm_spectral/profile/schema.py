@@ -75,8 +75,11 @@ class LayerProfile:
         return LayerProfile(**{name: tensor[part] for name, tensor in vars(self).items()})
 
     def shard(self, rank: int, world: int) -> LayerProfile:
-        """The KV heads of one tensor-parallel rank."""
-        return self.heads(*rank_heads(self.key_bits.shape[0], rank, world))
+        """The KV heads of one tensor-parallel rank; copies, so that the others' may be let go."""
+        if world == 1:
+            return self
+        own = self.heads(*rank_heads(self.key_bits.shape[0], rank, world))
+        return LayerProfile(**{name: tensor.clone() for name, tensor in vars(own).items()})
 
     def codec(self, slot_bytes: int, codebooks: Codebooks) -> LayerCodec:
         """Build the layer's codec; raises ``ValueError`` if the bits do not fit ``slot_bytes``."""

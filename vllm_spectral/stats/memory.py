@@ -27,7 +27,7 @@ class LayerMemory:
         key_bits, value_bits: mean stored bits per element of the keys and the values, codes and scale.
         compressed: False for a layer on stock pages.
         page_bytes: bytes of the layer's whole page tensor.
-        static_bytes: bases, spectra and tables that must stay resident.
+        static_bytes: bases, spectra and tables that must stay resident, and the moments of live traffic.
         workspace_bytes: the largest scratch of one attention call.
         exact_bytes: the layer's exact copies.
     """
@@ -53,6 +53,7 @@ class LayerMemory:
         pages: Tensor,
         kernels: LayerKernels | None = None,
         exact_bytes: int = 0,
+        watched_bytes: int = 0,
     ) -> LayerMemory:
         """A compressed layer; ``pages`` is ``[num_blocks, num_heads, block_size, slot_bytes]`` uint8.
 
@@ -71,7 +72,8 @@ class LayerMemory:
             compressed=True,
             page_bytes=pages.numel() * pages.element_size(),
             static_bytes=codec.resident_bytes * (pages.device.type == "cpu")
-            + (kernels.resident_bytes if kernels else 0),
+            + (kernels.resident_bytes if kernels else 0)
+            + watched_bytes,
             workspace_bytes=kernels.workspace_bytes if kernels else workspace,
             exact_bytes=exact_bytes,
         )

@@ -73,6 +73,11 @@ class LayerMoments:
         """Tokens in the sums that were measured."""
         return self.num_tokens - self.num_prior
 
+    def occupy(self) -> int:
+        """Clear the sums, so that they are resident before anybody measures what memory is free; how many bytes they take."""
+        sums = [value.zero_() for value in vars(self).values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in sums)
+
     def halve(self) -> None:
         """Let what was measured so far count half: for means that follow what is measured."""
         for name, value in vars(self).items():

@@ -96,7 +96,7 @@ const PARTS = [
   ["free", "free pages", "", (m) => m.free_bytes],
   ["exact", "exact tier", "uncompressed copies of first and recent tokens", (m) => m.exact_tier_bytes],
   ["workspace", "workspace", "scratch of the attention kernels", (m) => m.workspace_bytes],
-  ["profile", "profile", "bases, spectra and tables", (m) => m.profile_bytes],
+  ["profile", "profile", "bases, spectra, tables, moments of traffic", (m) => m.profile_bytes],
 ];
 
 function showMemory(memory) {

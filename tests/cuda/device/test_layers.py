@@ -124,6 +124,20 @@ def test_pages_copies_and_tables_are_on_the_device_and_counted(
     assert first.scratch is second.scratch
 
 
+def test_weights_that_are_loaded_again_leave_copies_and_tables_alone(
+    configured: Any, load: Load, launched: list[Any]
+) -> None:
+    """Requests may go on over a reload: what their copies hold must stay, as the directory says it does."""
+    loaded = load(configured(), "meta")
+    parts = ("codec", "copies", "kernels", "seen")
+    before = [[getattr(layer.impl, part) for part in parts] for layer in loaded.layers]
+    for layer in loaded.layers:
+        layer.impl.process_weights_after_loading(torch.bfloat16)
+    after = [[getattr(layer.impl, part) for part in parts] for layer in loaded.layers]
+    assert all(x is y for a, b in zip(before, after, strict=True) for x, y in zip(a, b, strict=True))
+    assert len(loaded.layers[0].impl.seen.observer.layers) == len(loaded.layers)
+
+
 def test_a_rank_takes_its_own_heads(configured: Any, load: Load, launched: list[Any], tiny: Path) -> None:
     loaded = load(configured(), "meta", rank=1, world=2)
     whole = load_profile(tiny / "tiny.spectral").layers[0]

@@ -51,6 +51,19 @@ def test_bytes_equal_for_any_step(count: int, seed: int, block: int, dtype: torc
     stored(1, 64, 3.0, count, seed, block, dtype, basis)
 
 
+def test_bytes_equal_of_vectors_that_are_not_finite() -> None:
+    codec = codec_of(1, 64, 3.0)
+    keys, values = tokens(20, 5, 1, 64, torch.bfloat16), tokens(20, 6, 1, 64, torch.bfloat16)
+    for row, x in ((2, torch.inf), (5, torch.nan), (9, 1e20)):
+        keys[row, 0, 3], values[row + 1, 0, 60] = x, x
+    keys[15] = torch.nan
+    pages = torch.zeros(1, 1, 32, codec.layout.slot_bytes, dtype=torch.uint8)
+    expected = pages.clone()
+    codec.layout.write(expected, torch.arange(20), codec.encode(keys, values))
+    store(codec, keys, values, pages, torch.arange(20))
+    assert torch.equal(pages, expected)
+
+
 def test_rows_may_be_strided() -> None:
     """The model hands over views of one projection's output."""
     codec = codec_of(1, 64, 3.0)

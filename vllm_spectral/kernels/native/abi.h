@@ -74,10 +74,10 @@ struct StepCall {
 };
 
 struct Layer;  // opaque
-VS_API Layer* vs_layer_create(const LayerSpec* spec);
+VS_API Layer* vs_layer_create(const LayerSpec* spec);  // null: no memory
 VS_API void vs_layer_destroy(Layer* layer);
 VS_API int64_t vs_layer_bytes(const Layer* layer);
-VS_API int64_t vs_step(const Layer* layer, const StepCall* call);  // 0; or nothing was done, and so many bytes are needed
+VS_API int64_t vs_step(const Layer* layer, const StepCall* call);  // 0; or nothing was done, and so many bytes are needed; -1: no memory
 VS_API const char* vs_isa();         // the instruction set this library was compiled for
 VS_API const char* vs_machine_isas();  // comma-separated, those that this machine can run, best first
 VS_API int64_t vs_read(const uint8_t* data, int64_t bytes, int32_t num_threads);  // a checksum: reads, for measuring bandwidth

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 namespace vs {
 
@@ -14,6 +15,7 @@ class Array {
   explicit Array(size_t count = 0) : count_(count) {
     const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
     data_.reset(bytes ? static_cast<T*>(aligned_alloc(64, bytes)) : nullptr);
+    if (bytes && !data_) throw std::bad_alloc();
     if (bytes) memset(static_cast<void*>(data_.get()), 0, bytes);
   }
   Array(const T* from, size_t count) : Array(count) { memcpy(data_.get(), from, count * sizeof(T)); }

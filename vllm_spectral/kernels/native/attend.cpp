@@ -13,6 +13,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <new>
 #include <vector>
 
 #include "copies.h"
@@ -26,6 +27,7 @@
 namespace {
 
 constexpr int kWrites = 16;  // copies per unit of work
+constexpr int64_t kMostStates = 64 << 20;  // floats: what is summed up by spans that may wait to be merged
 
 // Which rows read what of a group from where.
 void look_at(const Work& w, Tile& tile, int g) {
@@ -44,6 +46,7 @@ void look_at(const Work& w, Tile& tile, int g) {
 
 void attend_tile(Work& w, Tile& tile, State& state) {
   tile.all_whole = tile.groups == kTileGroups && !w.any_near(tile.start, kTile) && w.all_see(tile.start, kTile);
+  const bool matrix = vs::is_matrix(w.rows);
   bool paged = tile.all_whole, exact = false;
   uint32_t flat_keys = 0;
   for (int g = 0; g < tile.groups; g++) {
@@ -56,19 +59,26 @@ void attend_tile(Work& w, Tile& tile, State& state) {
       paged |= tile.any_paged[g] != 0;
       exact |= tile.any_exact[g] != 0;
     }
-    if (!tile.any_paged[g]) continue;
-    const uint8_t *keys = tile.pages[g], *values = keys + vs::kValueScales;
-    flat_keys |= flat_mask(keys);
-    tile.value_flat[g] = flat_mask(values);
-    for (int h = 0; h < 2; h++) {
-      tile.key_scale[g][h] = scales(w.layer, keys + h * vs::kHalf) * w.score_scale;
-      tile.value_scale[g][h] = scales(w.layer, values + h * vs::kHalf);
+    if (tile.any_paged[g]) {
+      const uint8_t *keys = tile.pages[g], *values = keys + vs::kValueScales;
+      const uint64_t flags = flat_masks(keys);
+      flat_keys |= tile.key_flat[g] = static_cast<uint32_t>(flags);
+      tile.value_flat[g] = static_cast<uint32_t>(flags >> 32);
+      for (int h = 0; h < 2; h++) {
+        tile.key_scale[g][h] = scales(w.layer, keys + h * vs::kHalf) * w.score_scale;
+        tile.value_scale[g][h] = scales(w.layer, values + h * vs::kHalf);
+      }
+      // A group's scales lie in the line that is fetched just before its keys: nothing waits for those of a whole tile.
+      if (matrix)
+        count_scores(w, tile, g);
+      else
+        page_scores(w, tile, g);
     }
-    if (vs::is_matrix(w.rows)) count_scores(w, tile, g);
+    if (!matrix && tile.any_exact[g]) exact_scores(w, tile, g);
   }
   // What matrices have summed becomes scores where it is weighed, unless some of it must be put right first.
-  tile.late = vs::is_matrix(w.rows) && tile.all_whole && w.call.soft_cap <= 0 && !flat_keys;
-  for (int g = 0; g < tile.groups; g++) {
+  tile.late = matrix && tile.all_whole && w.call.soft_cap <= 0 && !flat_keys;
+  for (int g = 0; matrix && g < tile.groups; g++) {
     if (tile.any_paged[g] && !tile.late) page_scores(w, tile, g);
     if (tile.any_exact[g]) exact_scores(w, tile, g);
   }
@@ -107,9 +117,11 @@ void attend(const Shape& shape, const Item& item, const std::vector<Queries>& qu
 
 int64_t tiles(int64_t context) { return (context + kTile - 1) / kTile; }
 
-// What threads take: every request's rows in blocks. Where these alone would leave threads idle, long ones are cut into spans.
+// What threads take: every request's rows in blocks. One that is longer than a fair part of a thread's share is cut into spans,
+// as long as there is room for their states.
 struct Plan {
   std::vector<Item> blocks;      // done by one thread, the longest first
+  int64_t num_long = 0;          // of these, longer than a span
   std::vector<Item> cut, spans;  // blocks that are cut, and their spans, in order
   std::vector<int64_t> first_span;  // of each cut block, and the end
   std::vector<int64_t> block_of;    // of each span
@@ -123,12 +135,18 @@ struct Plan {
           blocks.push_back({request, head, row, rows, 0, tiles(before + (row + rows - 1) / shape.group + 1)});
         }
     std::stable_sort(blocks.begin(), blocks.end(), [](const Item& a, const Item& b) { return a.last_tile > b.last_tile; });
-    if (static_cast<int64_t>(blocks.size()) >= 8 * shape.call.num_threads) return;
-    const int64_t tiles_per_span = kSpan / kTile;
+    constexpr int64_t tiles_per_span = kSpan / kTile, parts = 8;  // of a thread's share
     const auto is_long = [&](const Item& item) { return item.last_tile > tiles_per_span; };
-    const auto end = std::find_if_not(blocks.begin(), blocks.end(), is_long);
+    int64_t total = 0, floats = 0;
+    for (const Item& item : blocks) total += item.last_tile;
+    auto end = blocks.begin();
+    for (; end != blocks.end() && is_long(*end) && end->last_tile * parts * shape.call.num_threads > total; ++end) {
+      floats += (end->last_tile + tiles_per_span - 1) / tiles_per_span * states_floats(*end, shape.layer);
+      if (floats > kMostStates) break;
+    }
     cut.assign(blocks.begin(), end);
     blocks.erase(blocks.begin(), end);
+    num_long = std::find_if_not(blocks.begin(), blocks.end(), is_long) - blocks.begin();
     for (const Item& item : cut) {
       first_span.push_back(spans.size());
       for (int64_t tile = 0; tile < item.last_tile; tile += tiles_per_span) {
@@ -153,20 +171,19 @@ struct Shared {
     }
     for (const Item& item : plan.spans) {
       states.emplace_back();
-      carver.take(states.back(), slices(item) * State::floats(kSlice, layer));
+      carver.take(states.back(), states_floats(item, layer));
     }
   }
 };
 
 }  // namespace
 
-int64_t vs_step(const Layer* layer_pointer, const StepCall* call_pointer) {
-  const Layer& layer = *layer_pointer;
-  const StepCall& call = *call_pointer;
-  const Shape shape{call.num_query_heads / layer.heads, layer, call};
+static int64_t step(const Layer& layer, const StepCall& call) {
+  const Shape shape(layer, call);
   const Plan plan(shape);
   const int64_t dim = layer.dim, blocks = plan.blocks.size(), cut = plan.cut.size(), spans = plan.spans.size();
-  const int64_t stored = vs::store_units(layer, call), written = (call.num_writes + kWrites - 1) / kWrites;
+  const int64_t stored = vs::store_units(layer, call);
+  const int64_t written = call.exact_on ? (call.num_writes + kWrites - 1) / kWrites : 0, first_span = plan.num_long;
   vs::Carver counter(nullptr);
   vs::StoreScratch(layer, counter);
   Scratch(layer, counter);
@@ -198,14 +215,17 @@ int64_t vs_step(const Layer* layer_pointer, const StepCall* call_pointer) {
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < spans + blocks; i++) {
-      if (i < spans) {
-        const Item& item = plan.spans[i];
-        const Item* next = i + call.num_threads < spans ? &item + call.num_threads : nullptr;
-        attend(shape, item, shared.queries[plan.block_of[i]], next, scratch, works, shared.states[i]);
+      // The longest first: blocks that were not cut, spans, short blocks.
+      const int64_t span = i - first_span;
+      if (span >= 0 && span < spans) {
+        const Item& item = plan.spans[span];
+        const Item* next = span + call.num_threads < spans ? &item + call.num_threads : nullptr;
+        attend(shape, item, shared.queries[plan.block_of[span]], next, scratch, works, shared.states[span]);
         continue;
       }
-      const Item& item = plan.blocks[i - spans];
-      const bool more = i - spans + call.num_threads < blocks;
+      const int64_t block = span < 0 ? i : i - spans;
+      const Item& item = plan.blocks[block];
+      const bool more = block + call.num_threads < blocks;
       prepare(shape, item, scratch.queries, scratch);
       attend(shape, item, scratch.queries, more ? &item + call.num_threads : nullptr, scratch, works, scratch.item);
       finish(shape, item, scratch.item, scratch);
@@ -226,4 +246,12 @@ int64_t vs_step(const Layer* layer_pointer, const StepCall* call_pointer) {
     }
   }
   return 0;
+}
+
+int64_t vs_step(const Layer* layer, const StepCall* call) {
+  try {
+    return step(*layer, *call);
+  } catch (const std::bad_alloc&) {
+    return -1;  // no exception may leave a function of C
+  }
 }

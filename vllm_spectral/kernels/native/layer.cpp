@@ -1,6 +1,8 @@
 // Creating layers, telling instruction sets, and the yardstick of memory bandwidth.
 #include "layer.h"
 
+#include <new>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -9,7 +11,13 @@
 #include <unistd.h>
 #endif
 
-Layer* vs_layer_create(const LayerSpec* spec) { return new Layer(*spec); }
+Layer* vs_layer_create(const LayerSpec* spec) {
+  try {
+    return new Layer(*spec);
+  } catch (const std::bad_alloc&) {
+    return nullptr;  // no exception may leave a function of C
+  }
+}
 void vs_layer_destroy(Layer* layer) { delete layer; }
 int64_t vs_layer_bytes(const Layer* layer) { return static_cast<int64_t>(layer->bytes()); }
 

@@ -138,6 +138,7 @@ struct Layer {
   vs::Array<float> edges;   // [max_bits + 1][vs::kEdges]: codebooks' boundaries by depth of a binary search
   vs::Array<uint32_t> pair_tables;      // [max_bits + 1][pair_row]: bf16 levels by 16-bit index, see attend
   vs::Array<float> scales, inverse_scales, scale_bounds;
+  vs::Array<float> lowest_octave;  // [16] the first eight scales, twice
   int64_t search_first, search_count;
   float fallback_gain;
 
@@ -163,6 +164,7 @@ struct Layer {
         scales(spec.scales, vs::kScales),
         inverse_scales(spec.inverse_scales, vs::kScales),
         scale_bounds(spec.scale_bounds, vs::kScales - 1),
+        lowest_octave(16),
         search_first(spec.search_first),
         search_count(spec.search_count),
         fallback_gain(spec.fallback_gain) {
@@ -173,6 +175,7 @@ struct Layer {
             field.pairs = pair_tables.get() + field.bits * pair_row();
             field.levels = levels.get() + field.bits * row;
           }
+    for (int i = 0; i < 16; i++) lowest_octave[i] = std::ldexp(scales[vs::kUnitScale + i % 8], -vs::kUnitScale / 8);
     // One step for all widths: a step for each would fit the levels of narrow fields better, but spread the query wider.
     const int64_t widest = std::min<int64_t>(vs::kNarrow, max_bits);
     float most = 0;
@@ -296,6 +299,7 @@ struct Layer {
 
   size_t bytes() const {
     return keys.bytes() + values.bytes() + key_tiles.bytes() + value_tiles.bytes() + byte_levels.bytes() + key_steps.bytes() + quad_steps.bytes() + quad_place.bytes() +
-           levels.bytes() + edges.bytes() + pair_tables.bytes() + scales.bytes() + inverse_scales.bytes() + scale_bounds.bytes();
+           levels.bytes() + edges.bytes() + pair_tables.bytes() + scales.bytes() + inverse_scales.bytes() + scale_bounds.bytes() +
+           lowest_octave.bytes();
   }
 };

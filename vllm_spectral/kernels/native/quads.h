@@ -26,8 +26,8 @@ struct Quads {
   }
   // Natural numbers of half a group and of the other, 32 tokens, in the order in which values are expanded, for both channels.
   static VS_INLINE Value spread(Value low, Value high) {
-    const __m512i tokens = _mm512_cvtepu32_epi64(_mm512_cvtepi32_epi16((__m512i)(low | high << 8)));
-    return (Value)_mm512_or_si512(tokens, _mm512_slli_epi64(tokens, 32));
+    const __m128i twice = _mm_setr_epi8(0, 1, 4, 5, 0, 1, 4, 5, 8, 9, 12, 13, 8, 9, 12, 13);
+    return (Value)_mm512_shuffle_epi8((__m512i)(low | high << 8), _mm512_broadcast_i32x4(twice));
   }
   // The same for one channel: 32 bytes.
   static VS_INLINE void store_spread(uint8_t* to, Value low, Value high) {

@@ -100,7 +100,7 @@ inline void finish_slice(const Shape& shape, const Item& item, const State& stat
   for (int64_t start = 0; start < item.rows; start += kTurned) {
     const int64_t count = std::min<int64_t>(kTurned, item.rows - start);
     float share[kTurned];
-    for (int64_t i = 0; i < count; i++) share[i] = state.total[start + i] > 0 ? 1.0f / state.total[start + i] : 0.0f;
+    for (int64_t i = 0; i < count; i++) share[i] = state.total[start + i] == 0 ? 0.0f : 1.0f / state.total[start + i];
     if (pages)
       turn_back(layer, item.head, state, start, count, share, s);
     else

@@ -175,7 +175,7 @@ VS_INLINE void late_scores(const Work& w, const Tile& tile, int64_t first, int g
 // The fallback's keys of a group, one by one: they are rare.
 inline void flat_scores(Work& w, const Tile& tile, int g) {
   const uint8_t* group = tile.pages[g];
-  for (uint32_t left = flat_mask(group) & tile.any_paged[g]; left; left &= left - 1) {
+  for (uint32_t left = tile.key_flat[g] & tile.any_paged[g]; left; left &= left - 1) {
     const int lane = __builtin_ctz(left);
     const int64_t half = lane / vs::kHalf * w.layer.key_half[w.item.head];
     const uint8_t* words = group + w.layer.key_start[w.item.head] + half + lane % vs::kHalf * 4;

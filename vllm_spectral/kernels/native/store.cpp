@@ -3,6 +3,7 @@
 #include "store.h"
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "rotate.h"
@@ -42,7 +43,7 @@ VS_INLINE void with_bits(int bits, const Work& work) {
   }
 }
 
-// Nearest codes of some vectors of numbers: how many of the codebook's boundaries lie below each.
+// Nearest codes of some vectors of numbers: how many of the codebook's boundaries lie below each; all for NaN.
 template <int kBits, int kVectors>
 VS_INLINE void nearest_codes(const float* edges, const v16f* x, v16i* codes) {
   for (int v = 0; v < kVectors; v++) codes[v] = v16i{};
@@ -50,7 +51,7 @@ VS_INLINE void nearest_codes(const float* edges, const v16f* x, v16i* codes) {
   for (int depth = 0; depth < kBits; depth++)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++)
-      codes[v] = codes[v] + codes[v] - (lookup(edges + vs::edges_at(depth), depth, codes[v]) < x[v]);
+      codes[v] = codes[v] + codes[v] - ~(lookup(edges + vs::edges_at(depth), depth, codes[v]) >= x[v]);
 }
 
 // How many of the rising bounds between scales do not lie above each of some numbers; all for NaN.
@@ -119,10 +120,10 @@ void search(const float* whitened, const int* tokens, const int* middle, const A
     alignas(64) float errors[16];
     store(errors, error[v]);
     for (int which = 0; which < 2; which++) {
-      int best = kTried * which;
-      for (int i = best + 1; i < kTried * which + layer.search_count; i++)
-        if (errors[i] < errors[best]) best = i;
-      fits[tokens[2 * v + which]] = {index[v][best], errors[best]};
+      Fit best{0, INFINITY};  // so it stays for a vector that is not finite, or whose square is not
+      for (int i = kTried * which; i < kTried * which + layer.search_count; i++)
+        if (errors[i] < best.error) best = {index[v][i], errors[i]};
+      fits[tokens[2 * v + which]] = best;
     }
   }
 }

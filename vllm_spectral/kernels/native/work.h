@@ -168,15 +168,26 @@ inline Item slice_of(const Item& item, int64_t i) {
   return slice;
 }
 
-// The states of an item's slices lie one after the other.
+// The states of an item's slices lie one after the other, in so many floats.
+inline int64_t states_floats(const Item& item, const Layer& layer) {
+  const int64_t last = slices(item) - 1;
+  return last * State::floats(kSlice, layer) + State::floats(slice_of(item, last).rows, layer);
+}
 inline State state_of(float* states, int64_t i, const Item& item, const Layer& layer) {
   return State(states + i * State::floats(kSlice, layer), slice_of(item, i).rows, layer);
 }
 
 struct Shape {
-  int64_t group;  // query heads per KV head
   const Layer& layer;
   const StepCall& call;
+  const int64_t group;    // query heads per KV head
+  const int block_shift;  // blocks hold 2 ** block_shift tokens; -1: no power of two
+
+  Shape(const Layer& of, const StepCall& step)
+      : layer(of),
+        call(step),
+        group(step.num_query_heads / of.heads),
+        block_shift(step.pages.block_size & (step.pages.block_size - 1) ? -1 : __builtin_ctzll(step.pages.block_size)) {}
   int64_t queries(int64_t request) const { return call.query_start[request + 1] - call.query_start[request]; }
   int64_t rows(int64_t request) const { return queries(request) * group; }
   // Whether a row of a slice may read pages: not if all that they see are tokens of this step near enough to be read exactly.
@@ -193,18 +204,21 @@ inline int64_t copy_at(const StepCall& call, const Layer& layer, int64_t row, in
 }
 
 // Where a group of a request's positions lies in the pages.
-inline const uint8_t* group_of(const StepCall& call, const Layer& layer, const Item& item, int64_t first) {
+inline const uint8_t* group_of(const Shape& shape, const Item& item, int64_t first) {
+  const StepCall& call = shape.call;
   const uint32_t position = static_cast<uint32_t>(first), block_size = static_cast<uint32_t>(call.pages.block_size);
-  const int64_t block = call.block_table[item.request * call.block_table_stride + position / block_size];
+  // A division takes as long as a tenth of a group's scores.
+  const uint32_t index = shape.block_shift < 0 ? position / block_size : position >> shape.block_shift;
+  const int64_t block = call.block_table[item.request * call.block_table_stride + index];
   return call.pages.data + block * call.pages.block_stride + item.head * call.pages.head_stride +
-         position % block_size * layer.slot_bytes;
+         (position - index * block_size) * shape.layer.slot_bytes;
 }
 
 // Calls an item's data into the cache while another one is at work: copies and pages are scattered over their pools, so that
 // no hardware sees them coming. A little at a time: what is asked for in one go is dropped.
 class Ahead {
  public:
-  Ahead(const Shape& shape, const Item* item) : call_(shape.call), layer_(shape.layer), item_(item) {
+  Ahead(const Shape& shape, const Item* item) : shape_(shape), call_(shape.call), layer_(shape.layer), item_(item) {
     if (!item || !call_.exact_on) return;
     const int64_t width = call_.first + call_.recent;
     row_ = call_.exact_rows + item->request * width;
@@ -224,10 +238,11 @@ class Ahead {
   const uint8_t* group(int64_t offset, const uint8_t* other) const {
     if (!item_) return other;
     const int64_t first = item_->first_tile * kTile + offset;
-    return first < call_.context_lens[item_->request] ? group_of(call_, layer_, *item_, first) : other;
+    return first < call_.context_lens[item_->request] ? group_of(shape_, *item_, first) : other;
   }
 
  private:
+  const Shape& shape_;
   const StepCall& call_;
   const Layer& layer_;
   const Item* item_;
@@ -242,6 +257,7 @@ VS_INLINE uint32_t between(int64_t low, int64_t high, int64_t first) {
 
 // A slice at work.
 struct Work {
+  const Shape& shape;
   const Layer& layer;
   const StepCall& call;
   const Item item;
@@ -258,8 +274,9 @@ struct Work {
   int64_t key_lines, value_lines;   // cache lines of a group, the scales counted with the keys
   int64_t position[kSlice];
 
-  Work(const Shape& shape, const Item& work, const Queries& prepared, Scratch& own, const Item* following)
-      : layer(shape.layer),
+  Work(const Shape& of, const Item& work, const Queries& prepared, Scratch& own, const Item* following)
+      : shape(of),
+        layer(shape.layer),
         call(shape.call),
         item(work),
         queries(prepared),
@@ -284,7 +301,7 @@ struct Work {
     for (int64_t r = 0; r < rows; r++) position[r] = before + (item.first_row + r) / shape.group;
   }
 
-  const uint8_t* group_at(int64_t first) const { return group_of(call, layer, item, first); }
+  const uint8_t* group_at(int64_t first) const { return group_of(shape, item, first); }
 
   // The group of pages that comes so many positions after this one, the next item's after the last.
   const uint8_t* group_ahead(int64_t first, int64_t distance, const uint8_t* other) const {
@@ -326,7 +343,7 @@ struct Tile {
   const uint8_t* ahead[kTileGroups];             // of those that come kAhead groups later
   int32_t copy_lines[kTileGroups][vs::kGroup];   // where copies lie in the pool, counting lines of dim
   uint32_t any_paged[kTileGroups], any_exact[kTileGroups];  // positions that some row reads from there
-  uint32_t value_flat[kTileGroups];              // tokens whose values are coded by the fallback
+  uint32_t key_flat[kTileGroups], value_flat[kTileGroups];  // tokens whose keys, whose values are coded by the fallback
   v16f value_scale[kTileGroups][2];
   bool whole[kTileGroups];                       // all rows read all of the group from its page
   bool all_whole;                                // of all groups
@@ -359,15 +376,24 @@ struct Tile {
   }
 };
 
-// Scales of half a group, from their bytes: the fractions of an octave that start at scale 1, and powers of two.
+// Scales of half a group, from their bytes: the lowest octave's, and powers of two.
 VS_INLINE v16f scales(const Layer& layer, const uint8_t* bytes) {
-  const v16i index = of_bytes(bytes) & (vs::kFlat - 1);
-  const v16f fraction = lookup(layer.scales.get() + vs::kUnitScale, 3, index & 7);
-  return as_float(as_int(fraction) + (((index - vs::kUnitScale) >> 3) << 23));
+  const v16i byte = of_bytes(bytes);
+  const v16f lowest = lookup(layer.lowest_octave.get(), 4, byte & 15);
+  return as_float(as_int(lowest) + ((byte & (vs::kFlat - 8)) << 20));
 }
 
-// Which tokens of a group are coded by the fallback.
-VS_INLINE uint32_t flat_mask(const uint8_t* bytes) { return high_bits(bytes) | high_bits(bytes + vs::kHalf) << vs::kHalf; }
+// Which of a group's keys are coded by the fallback, and above 32 bits which of its values: the flags of the line of its scales.
+VS_INLINE uint64_t flat_masks(const uint8_t* group) {
+#if defined(__AVX512BW__)
+  return _mm512_movepi8_mask(_mm512_load_si512(group));
+#else
+  static_assert(vs::kValueScales == vs::kGroup && vs::kGroup == 2 * vs::kHalf, "scales are one line");
+  uint64_t flags = 0;
+  for (int part = 3; part >= 0; part--) flags = flags << vs::kHalf | high_bits(group + part * vs::kHalf);
+  return flags;
+#endif
+}
 
 // vector[c] = level of the fallback's code, from the 32 bits of each vector of words.
 inline void flat_levels(const Work& w, const std::vector<vs::Field>& fields, const uint8_t* words, int extra) {

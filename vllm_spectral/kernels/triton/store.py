@@ -25,14 +25,14 @@ def _ordered_sum(terms, step, D: tl.constexpr, like):
 
 @triton.jit
 def _nearest_codes(x, bits, most_bits, boundaries, ROW: tl.constexpr):
-    """How many of the channel's boundaries lie below each ``x`` (``[TOKENS, DP]``), by bisection."""
+    """How many of the channel's boundaries lie below each ``x`` (``[TOKENS, DP]``), all for NaN, by bisection."""
     code = tl.zeros(x.shape, tl.int32)
     for depth in range(most_bits):
         left = bits - 1 - depth
         more = left >= 0
         middle = ((2 * code + 1) << tl.maximum(left, 0)) - 1
         edge = tl.load(boundaries + bits * ROW + middle, mask=more & (code >= 0), other=0.0)
-        code = tl.where(more, 2 * code + (edge < x).to(tl.int32), code)
+        code = tl.where(more, 2 * code + 1 - (edge >= x).to(tl.int32), code)
     return code
 
 
@@ -55,7 +55,7 @@ def _fit(whitened, row, d, t, bits_p, width_p, inverse_stored_p, most_bits_p, bo
     for depth in tl.static_range(7):
         step = 64 >> depth
         bound = tl.load(scale_bounds + middle + (step - 1))
-        middle += tl.where(bound <= power, step, 0)
+        middle += tl.where(bound > power, 0, step)
     tl.debug_barrier()
     for i in tl.static_range(SEARCH):
         index = tl.minimum(tl.maximum(middle + (SEARCH_FIRST + i), 0), LAST_SCALE)
@@ -69,9 +69,11 @@ def _fit(whitened, row, d, t, bits_p, width_p, inverse_stored_p, most_bits_p, bo
     errors = _ordered_sum(
         scratch + tried * (D * TOKENS) + t[:, None], TOKENS, D, tl.zeros((TOKENS, SEARCH), tl.float32)
     )
-    best = tl.argmin(errors, 1, tie_break_left=True)
+    errors = tl.where(errors < float("inf"), errors, float("inf"))
+    best, least = tl.argmin(errors, 1, tie_break_left=True), tl.min(errors, 1)
     index = tl.minimum(tl.maximum(middle + (SEARCH_FIRST + best), 0), LAST_SCALE)
-    return index, tl.min(errors, 1), power
+    # The first of all scales for a vector that is not finite, or whose square is not.
+    return tl.where(least < float("inf"), index, 0), least, power
 
 
 @triton.jit

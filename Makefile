@@ -15,6 +15,8 @@ TOOLS := build/tools
 # Of `make fuzz`: how many files and requests; SEED=1 repeats a run, without it every run is a new one.
 CASES ?= 10000
 SEED ?=
+# Of `make test`: processes that run what starts no engine.
+JOBS ?= 2
 # Of `make fault-test`: how long ten times too many clients insist.
 OVERLOAD_SECONDS ?= 60
 LOAD := build/load
@@ -54,8 +56,11 @@ $(BALANCED): | setup
 serve: setup $(PROFILE) ## serve the embedded model on PORT until interrupted
 	$(BIN)/vllm-spectral serve demo --profile $(PROFILE) --port $(PORT) --kv-cache-memory-bytes 256M
 
+# Several at once where one thread is enough: two OpenMP teams on the same cores would mostly wait for each other. Engines take
+# all cores, and come one after the other.
 test: setup ## all tests, the real engine included
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engine and not slow" -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -m "engine and not slow"
 
 check: setup ## ruff, mypy --strict and the import rule
 	$(BIN)/ruff check .

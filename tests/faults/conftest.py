@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import subprocess
 from collections.abc import Callable, Sequence
@@ -128,7 +129,20 @@ class Account:
         completed = sum(outcome.text is not None for run in runs for outcome in run)
         row = Row(fault, seen, completed, sum(map(self.wrong, runs)), recovery_seconds)
         _ROWS.append(row)
-        assert row.wrong == 0, f"{row.wrong} of {completed} answers differ from an undisturbed run's"
+        assert row.wrong == 0, (
+            f"{row.wrong} of {completed} answers differ from an undisturbed run's: {self._apart(runs)}"
+        )
+
+    def _apart(self, runs: Sequence[Sequence[Outcome]]) -> str:
+        """Which answers differ, and from which character on."""
+        found = []
+        for number, run in enumerate(runs):
+            for index, (outcome, text) in enumerate(zip(run, self.reference, strict=True)):
+                if outcome.text is not None and outcome.text != text:
+                    pairs = zip(outcome.text, text or "", strict=False)
+                    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+                    found.append(f"run {number}, prompt {index}, after {same} characters")
+        return "; ".join(found)
 
 
 @pytest.fixture

@@ -87,14 +87,15 @@ chart-test: setup ## the Helm chart against all its versions of Kubernetes, and 
 parallel-test: setup ## serve with two engines, on three tensor-parallel ranks, and with two HTTP processes
 	$(BIN)/python -m pytest -q -m "slow or not slow" tests/engine/test_parallel.py tests/engine/test_several.py
 
-# On a machine without AMX what is written for it runs all the same, on tiles in plain C++.
+# On a machine without AMX what is written for it runs all the same, on tiles in plain C++. What a sanitizer has to say it says
+# before it ends the process: past pytest's own capture.
 EMULATE := $(if $(shell grep -o -m1 amx_bf16 /proc/cpuinfo),OFF,ON)
 
 sanitize: setup ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DVS_SANITIZE=ON -DVS_EMULATE_TILES=$(EMULATE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  VLLM_SPECTRAL_KERNELS=build/sanitize $(BIN)/python -m pytest -q tests/kernels
+	  VLLM_SPECTRAL_KERNELS=build/sanitize $(BIN)/python -m pytest -q --capture=sys tests/kernels
 
 fuzz: setup $(BALANCED) ## hostile profiles, then hostile requests to a real server; CASES of each, a quarter of an hour
 	@status=0; \

@@ -272,8 +272,9 @@ VS_INLINE v16f exp2_above(v16f x, float base) {
 #if defined(__AVX512DQ__)
   return (v16f)_mm512_scalef_ps((__m512)y, (__m512)(n - base));
 #else
-  const v16i exponent = __builtin_convertvector(n - base, v16i) << 23;
-  return select(zero, splat(0.0f), as_float(as_int(y) + exponent));
+  // Without a sign, since what is no float32 may overflow.
+  const v16u exponent = (v16u)__builtin_convertvector(n - base, v16i) << 23;
+  return select(zero, splat(0.0f), as_float((v16i)((v16u)as_int(y) + exponent)));
 #endif
 }
 

@@ -15,7 +15,7 @@ TOOLS := build/tools
 # Of `make fuzz`: how many files and requests; SEED=1 repeats a run, without it every run is a new one.
 CASES ?= 10000
 SEED ?=
-# Of `make test`: processes that run what starts no engine.
+# Of `make test`: processes that share the machine's cores.
 JOBS ?= 2
 # Of `make fault-test`: how long ten times too many clients insist.
 OVERLOAD_SECONDS ?= 60
@@ -56,11 +56,9 @@ $(BALANCED): | setup
 serve: setup $(PROFILE) ## serve the embedded model on PORT until interrupted
 	$(BIN)/vllm-spectral serve demo --profile $(PROFILE) --port $(PORT) --kv-cache-memory-bytes 256M
 
-# Several at once where one thread is enough: two OpenMP teams on the same cores would mostly wait for each other. Engines take
-# all cores, and come one after the other.
+# Each process has cores of its own; OpenMP starts before it can know.
 test: setup ## all tests, the real engine included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engine and not slow" -n $(JOBS) --dist worksteal
-	$(BIN)/python -m pytest -m "engine and not slow"
+	OMP_NUM_THREADS=$$(( ($$(nproc) + $(JOBS) - 1) / $(JOBS) )) $(BIN)/python -m pytest -n $(JOBS)
 
 check: setup ## ruff, mypy --strict and the import rule
 	$(BIN)/ruff check .
@@ -85,7 +83,7 @@ chart-test: setup ## the Helm chart against all its versions of Kubernetes, and 
 	$(BIN)/python -m deploy.chart_test $(if $(IMAGE),--image $(IMAGE))
 
 parallel-test: setup ## serve with two engines, on three tensor-parallel ranks, and with two HTTP processes
-	$(BIN)/python -m pytest -q -m "slow or not slow" tests/engine/test_parallel.py tests/engine/test_several.py
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/engine/served/test_parallel.py tests/engine/served/test_several.py
 
 # On a machine without AMX what is written for it runs all the same, on tiles in plain C++. What a sanitizer has to say it says
 # before it ends the process: past pytest's own capture.

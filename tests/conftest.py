@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -39,6 +41,29 @@ def measured(num_tokens: int = 4000, seed: int = 0) -> LayerMoments:
     positions = torch.arange(num_tokens) % 500
     moments.add(query, correlated(num_tokens, seed), correlated(num_tokens, seed + 1), positions)
     return moments
+
+
+def pytest_configure() -> None:
+    """Each of several test processes keeps to cores of its own, and so does all that it starts.
+
+    Two OpenMP teams on the same cores would mostly wait for each other.
+    """
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        cores, count = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % len(cores) :: count])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several test processes one has the shared server, another the engines that come one by one; all share the rest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folder = str(Path(nodeid.partition("::")[0]).parent)
+            return folder if folder.startswith("tests/engine") else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from benchmarks.texts import write as write_texts
 from deploy.process import START_SECONDS, running
@@ -33,12 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "engine" in item.path.parts:
             item.add_marker(pytest.mark.engine)
     # The shared server works every ten seconds and lives until the end: what does without it runs before, undisturbed.
-    served = {
-        item.path
-        for item in items
-        if item.get_closest_marker("engine") and "server" in getattr(item, "fixturenames", ())
-    }
-    items.sort(key=lambda item: item.path in served)
+    # What needs no calibration runs before that, while another process makes it.
+    items.sort(key=lambda item: ("served" in item.path.parts, "calibrated" in getattr(item, "fixturenames", ())))
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +49,16 @@ def demo() -> Path:
 
 
 @pytest.fixture(scope="session")
-def calibrated(work: Path) -> Path:
-    """The default profile of the demo model, made by the command as a user would."""
-    path = work / "demo.spectral"
-    result = subprocess.run(cli("calibrate", "demo", "-o", str(path)), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
+def calibrated(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The default profile of the demo model, made by the command as a user would; once for several test processes."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base if worker_id == "master" else base.parent) / "demo.spectral"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            result = subprocess.run(
+                cli("calibrate", "demo", "-o", str(path)), capture_output=True, text=True, check=False
+            )
+            assert result.returncode == 0, result.stderr[-4000:]
     return path
 
 
@@ -179,10 +181,3 @@ def serving(
     argv += ["--kv-cache-memory-bytes", str(POOL_BYTES), *flags]
     with running(argv, log, environment, port) as process:
         yield Server(process.url, "secret", log, process.process)
-
-
-@pytest.fixture(scope="session")
-def server(calibrated: Path, work: Path) -> Iterator[Server]:
-    """The server that most tests ask. It samples and sings often, so that a test need not wait."""
-    with serving(calibrated, work / "server.log", "--canary-seconds", "10", "--fidelity-every", "2") as running:
-        yield running

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,16 @@ def test_the_rest_of_the_batch_changes_nothing_and_one_row_alone_is_bounded(refe
     assert pair == batch[:2]
     # The prompt is many rows, so what is stored of it, and the first token, are the same even for a request alone.
     assert alone[0][0] == batch[0][0]
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="there is one core")
+def test_threads_change_no_text(
+    reference: dict[str, Any], run_engine: RunEngine, long_prompt: str, spectral: dict[str, Any]
+) -> None:
+    """Two where the reference had one, or the other way round."""
+    bind = "0-1" if len(os.sched_getaffinity(0)) == 1 else "0"
+    answer = run_engine([[long_prompt], BATCH], spectral=spectral, environment={"VLLM_CPU_OMP_THREADS_BIND": bind})
+    assert ids(answer) == ids(reference)[:2]
 
 
 def test_preemption_gives_the_same_text(

@@ -99,15 +99,15 @@ struct QuadQueries {
     }
     const float largest = peak(most), inverse = largest > 0 ? 127 / largest : 0.0f;
     alignas(64) int8_t rounded[256 + 16] = {};
-    v16i total = {};
+    v16u total = {};  // without a sign, since what is no number is rounded to the smallest integer
     for (int64_t c = 0; c < layer.dim; c += 16) {
       const v16i x = Quads::rounded(load(line + c) * inverse);
-      total = total + x;
+      total = total + (v16u)x;
       Quads::store_bytes(rounded + c, x);
     }
-    int32_t sum_of = 0;
+    uint32_t sum_of = 0;
     for (int k = 0; k < 16; k++) sum_of += total[k];
-    bias[r] = -128 * sum_of;
+    bias[r] = static_cast<int32_t>(0u - 128u * sum_of);
     step[r] = largest / 127;
     const vs::QuadList& quads = layer.key_quads[head];
     const int64_t stride = vs::whole_tiles(quads.size());

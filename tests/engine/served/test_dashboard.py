@@ -15,7 +15,7 @@ import pytest
 
 from deploy.process import command as cli
 from tests.engine.conftest import Server, serving
-from tests.engine.test_live_truth import body, metrics
+from tests.engine.served.test_live_truth import body, metrics
 from tests.server.browser import Browser, browser, needs_browser
 
 PICTURES = os.environ.get("VLLM_SPECTRAL_PICTURES")

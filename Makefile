@@ -20,6 +20,8 @@ JOBS ?= 2
 # Of `make fault-test`: how long ten times too many clients insist.
 OVERLOAD_SECONDS ?= 60
 LOAD := build/load
+# Of `make load-test`: how many times either side meets every load.
+ROUNDS ?= 2
 # Of `make package-test`. CUDA_TORCH=1: where torch has no CPU build for a Python, its build for CUDA (some gigabytes).
 PYTHONS ?= $(PYTHON)
 CUDA_TORCH ?=
@@ -110,7 +112,7 @@ $(LOAD)/.complete: requirements/load.lock
 	@touch $@
 
 load-test: setup $(LOAD)/.complete $(BALANCED) ## stock vLLM and ours with equal KV bytes under the same clients; half an hour to an hour
-	$(BIN)/python -m tests.load.compare $(BALANCED) --locust $(LOAD)/bin/locust --output build/load-report
+	$(BIN)/python -m tests.load.compare $(BALANCED) --locust $(LOAD)/bin/locust --rounds $(ROUNDS) --output build/load-report
 
 $(TOOLS)/.complete: requirements/tools.lock
 	$(PYTHON) -m venv --clear $(TOOLS)

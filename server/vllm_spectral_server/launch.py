@@ -27,6 +27,9 @@ MOST_REQUESTS = 1024
 """Unfinished requests from which on new ones are answered 503; vLLM's own default is any number."""
 DRAIN_SECONDS = 30
 """What requests in flight are given when the server is told to stop; vLLM's own default is nothing."""
+ROOM_TO_GROW = 0.05
+"""Part of the pages that must stay free when a request is let in beside others, for their answers to grow; vLLM's own default
+is nothing. Where many requests fit, one of them soon wants a page when none is free; what is preempted is prefilled twice."""
 KEPT_PRODUCTS = 256
 """Compiled matrix products that oneDNN keeps for all weights together; its own default is 1024. vLLM keeps those of the last
 32 numbers of tokens for each weight besides, which a transformer's five shapes of weights share: 160."""
@@ -193,6 +196,7 @@ def default_flags(flags: Sequence[str], name: str) -> list[str]:
         "--served-model-name": [name],
         "--max-num-queued-reqs": [str(MOST_REQUESTS)],
         "--shutdown-timeout": [str(DRAIN_SECONDS)],
+        "--watermark": [str(ROOM_TO_GROW)],
         "--h11-max-incomplete-event-size": [str(MAX_HEADER_BYTES)],
     }
     if current_platform.is_cpu():

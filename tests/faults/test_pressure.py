@@ -68,7 +68,7 @@ def test_a_pool_that_is_too_small_preempts_and_loses_nothing(
     serve: Serving, account: Account, texts: list[str]
 ) -> None:
     # Six blocks' worth of tokens per request do not fit for all of 24 requests: they must take turns.
-    with serve("--kv-cache-memory-bytes", "16M", "--no-enable-prefix-caching") as server:
+    with serve("--kv-cache-memory-bytes", "16M", "--no-enable-prefix-caching", "--watermark", "0") as server:
         capacity = body(server, "memory")["capacity_tokens"]
         with company(server.url, 2):
             outcomes = Load(server.url, texts, ANSWER_TOKENS).outcomes()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,6 +17,8 @@ from vllm_spectral_server import launch
 from vllm_spectral_server.front_end import engine_config
 from vllm_spectral_server.launch import refuse, require_device, shares_cores
 
+from vllm_spectral.backend.engine import cpu_dtype
+from vllm_spectral.cli import serve
 from vllm_spectral.config import SpectralConfig
 from vllm_spectral.errors import ConfigError
 from vllm_spectral.models.demo import demo_model
@@ -49,6 +54,20 @@ def test_what_is_refused_and_by_which_name(flags: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as refused:
         check(*flags)
     assert flags[-1] in str(refused.value) or flags[-2] in str(refused.value)
+
+
+def test_the_help_tells_every_default_that_is_ours() -> None:
+    commands = argparse.ArgumentParser().add_subparsers()
+    serve.add_parser(commands)
+    told = re.findall(r"--[\w-]+|\d[\d.]*\d|[A-Z]+", commands.choices["serve"].description or "")
+    flags = launch.default_flags([], "MODEL")
+    for flag, value in itertools.pairwise([*flags, "--"]):
+        if flag.startswith("--"):
+            assert flag in told
+            assert value.startswith("--") or value in (*told, cpu_dtype()), (flag, value)
+    assert launch.default_flags(["--watermark=0", "--no-enforce-eager"], "MODEL") == [
+        part for part in flags if part not in ("--watermark", str(launch.ROOM_TO_GROW), "--enforce-eager")
+    ]
 
 
 def test_what_the_engine_reads_from_the_environment_and_what_of_it_is_the_users(

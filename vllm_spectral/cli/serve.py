@@ -31,9 +31,11 @@ All other flags are vLLM's own and are passed through: --host, --port, --api-key
 --kv-cache-memory-bytes (of each rank), --tensor-parallel-size, --data-parallel-size, --api-server-count (processes that
 serve HTTP; 1 unless given), ... (see `vllm serve --help=all`).
 Beside vLLM's routes there are GET /v1/kv_cache/memory, fidelity, profile and traffic, GET /ready and the page
-/dashboard. Where a flag is not given, these differ from vLLM's defaults: the model is served under the name MODEL; on
-the CPU also --enforce-eager (vLLM 0.32 gives wrong text when it compiles for the CPU), --block-size 32, and --dtype
-float32 if the CPU has no bf16 arithmetic.
+/dashboard. Where a flag is not given, these differ from vLLM's defaults: the model is served under the name MODEL
+(--served-model-name), 1024 requests wait or run at most (--max-num-queued-reqs), a server told to stop has 30 s for what it
+began (--shutdown-timeout), a request is let in beside others while 0.05 of the pages stay free for their answers to grow
+(--watermark), and headers may have 65536 bytes (--h11-max-incomplete-event-size); on the CPU also --enforce-eager (vLLM
+0.32 gives wrong text when it compiles for the CPU), --block-size 32, and --dtype float32 if the CPU has no bf16 arithmetic.
 {DISABLE_VARIABLE}=1 serves the same model with the stock cache.
 """
 

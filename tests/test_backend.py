@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_spectral.backend.impl import _refuse_draft_models, _refuse_transfer
+from vllm_spectral.backend.impl import _refuse_draft_models, _refuse_sleep, _refuse_transfer
 from vllm_spectral.errors import ConfigError
 
 
@@ -30,3 +31,10 @@ def test_pages_that_others_bring_are_refused() -> None:
     _refuse_transfer(SimpleNamespace(kv_transfer_config=None))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no connector compares"):
         _refuse_transfer(SimpleNamespace(kv_transfer_config=object()))  # type: ignore[arg-type]
+
+
+def test_sleep_mode_is_refused() -> None:
+    for asleep in (False, True):
+        config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=asleep))
+        with pytest.raises(ConfigError, match="enable_sleep_mode") if asleep else nullcontext():
+            _refuse_sleep(config)  # type: ignore[arg-type]

@@ -30,6 +30,9 @@ DRAIN_SECONDS = 30
 ROOM_TO_GROW = 0.05
 """Part of the pages that must stay free when a request is let in beside others, for their answers to grow; vLLM's own default
 is nothing. Where many requests fit, one of them soon wants a page when none is free; what is preempted is prefilled twice."""
+STEP_TOKENS = 256
+"""Tokens of a step; vLLM's own default on the CPU is 2048 and more. Where the pages have room for many long prompts, who
+decodes beside them gets one token a step, and a CPU takes seconds for thousands of tokens of prompts."""
 KEPT_PRODUCTS = 256
 """Compiled matrix products that oneDNN keeps for all weights together; its own default is 1024. vLLM keeps those of the last
 32 numbers of tokens for each weight besides, which a transformer's five shapes of weights share: 160."""
@@ -43,6 +46,7 @@ REFUSED = {
     "--disable-log-stats": "it would hide from us what is in use: leave it out",
     "--scheduler-cls --worker-extension-cls": "taken by vllm-spectral",
     "--kv-transfer-config --kv-offloading-size": "pages mean something only with their profile, which no connector compares",
+    "--enable-sleep-mode": "vLLM throws pages away while it sleeps, and knows nothing of the exact copies: leave it out",
     "--revision": "a model of the hub is served as its main branch has it; for another, download it and name its directory",
 }
 """Serving flags of vLLM, and why they are refused."""
@@ -87,6 +91,7 @@ def serve(
             f"one MODEL is served at a time, and it is named first: {args.model_tag or args.model} is extra"
         )
     refuse(args)
+    args.max_num_batched_tokens = step_tokens(args)
     if shares_cores(args):
         logger.warning(
             "by default vLLM binds every data-parallel engine to a memory node of its own, and where there are fewer nodes, "
@@ -207,6 +212,16 @@ def default_flags(flags: Sequence[str], name: str) -> list[str]:
     given = {flag.split("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
     given |= {flag.replace("--no-", "--") for flag in given}
     return [part for flag, value in wanted.items() if flag not in given for part in (flag, *value)]
+
+
+def step_tokens(args: Namespace) -> int | None:
+    """How many tokens a step has at most; None: vLLM's default, on a GPU, or where a flag wants long steps."""
+    from vllm.platforms import current_platform
+
+    more = args.enable_chunked_prefill is False or args.performance_mode == "throughput" or args.enable_lora
+    if args.max_num_batched_tokens is not None or more or not current_platform.is_cpu():
+        return args.max_num_batched_tokens  # type: ignore[no-any-return]
+    return max(STEP_TOKENS, args.max_num_seqs or 0)
 
 
 def merge_config(additional: Any, config: SpectralConfig) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_what_is_served(flags: tuple[str, ...]) -> None:
         ("--data-parallel-size", "2", "--data-parallel-size-local", "1"), ("--data-parallel-hybrid-lb",), ("--grpc",),
         ("--api-server-count", "2", "--enable-elastic-ep"),
         ("--disable-log-stats",), ("--scheduler-cls", "any.Scheduler"), ("--worker-extension-cls", "any.Extension"),
-        ("--revision", "v1"), ("--kv-offloading-size", "1"),
+        ("--revision", "v1"), ("--kv-offloading-size", "1"), ("--enable-sleep-mode",),
     ],
 )  # fmt: skip
 def test_what_is_refused_and_by_which_name(flags: tuple[str, ...]) -> None:
@@ -68,6 +68,19 @@ def test_the_help_tells_every_default_that_is_ours() -> None:
     assert launch.default_flags(["--watermark=0", "--no-enforce-eager"], "MODEL") == [
         part for part in flags if part not in ("--watermark", str(launch.ROOM_TO_GROW), "--enforce-eager")
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "tokens"),
+    [
+        ((), launch.STEP_TOKENS), (("--max-num-seqs", "16"), launch.STEP_TOKENS), (("--max-num-seqs", "9999"), 9999),
+        (("--max-num-batched-tokens", "2048"), 2048), (("--no-enable-chunked-prefill",), None),
+        (("--performance-mode", "throughput"), None), (("--enable-lora",), None),
+    ],
+)  # fmt: skip
+def test_a_step_is_short_unless_something_wants_it_long(flags: tuple[str, ...], tokens: int | None) -> None:
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "any", *flags])
+    assert launch.step_tokens(args) == tokens
 
 
 def test_what_the_engine_reads_from_the_environment_and_what_of_it_is_the_users(

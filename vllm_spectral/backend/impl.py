@@ -110,6 +110,14 @@ def _refuse_transfer(vllm_config: VllmConfig) -> None:
         )
 
 
+def _refuse_sleep(vllm_config: VllmConfig) -> None:
+    """VLLM throws pages away while it sleeps, and knows nothing of the copies and of what was said to be in them."""
+    if vllm_config.model_config.enable_sleep_mode:
+        raise ConfigError(
+            "sleep mode (enable_sleep_mode) is not supported: pages come back empty, and exact copies do not: leave it out"
+        )
+
+
 @cache
 def _paged_backend(base: Any, slot_bytes: int) -> type[AttentionBackend]:
     """The backend class of layers with this slot size. vLLM groups layers by class name, so the name must be unique."""
@@ -154,6 +162,7 @@ class SpectralImpl(AttentionImpl):
         self._config = config
         _refuse_draft_models(self._vllm_config)
         _refuse_transfer(self._vllm_config)
+        _refuse_sleep(self._vllm_config)
         # VLLM builds the model with its device as torch's default; a profile is read where its digest is computed.
         with _HOST:
             model = self._vllm_config.model_config

@@ -35,7 +35,9 @@ Beside vLLM's routes there are GET /v1/kv_cache/memory, fidelity, profile and tr
 (--served-model-name), 1024 requests wait or run at most (--max-num-queued-reqs), a server told to stop has 30 s for what it
 began (--shutdown-timeout), a request is let in beside others while 0.05 of the pages stay free for their answers to grow
 (--watermark), and headers may have 65536 bytes (--h11-max-incomplete-event-size); on the CPU also --enforce-eager (vLLM
-0.32 gives wrong text when it compiles for the CPU), --block-size 32, and --dtype float32 if the CPU has no bf16 arithmetic.
+0.32 gives wrong text when it compiles for the CPU), --block-size 32, steps of 256 tokens (--max-num-batched-tokens, so that
+who decodes need not wait for others' prompts; not with --performance-mode throughput, --enable-lora or
+--no-enable-chunked-prefill), and --dtype float32 if the CPU has no bf16 arithmetic.
 {DISABLE_VARIABLE}=1 serves the same model with the stock cache.
 """
 

@@ -65,6 +65,7 @@ def test_the_help_tells_every_default_that_is_ours() -> None:
         if flag.startswith("--"):
             assert flag in told
             assert value.startswith("--") or value in (*told, cpu_dtype()), (flag, value)
+    assert {"--max-num-batched-tokens", str(launch.STEP_TOKENS)} <= set(told)
     assert launch.default_flags(["--watermark=0", "--no-enforce-eager"], "MODEL") == [
         part for part in flags if part not in ("--watermark", str(launch.ROOM_TO_GROW), "--enforce-eager")
     ]

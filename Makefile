@@ -111,7 +111,7 @@ $(LOAD)/.complete: requirements/load.lock
 	$(LOAD)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/load.lock
 	@touch $@
 
-load-test: setup $(LOAD)/.complete $(BALANCED) ## stock vLLM and ours with equal KV bytes under the same clients; half an hour to an hour
+load-test: setup $(LOAD)/.complete $(BALANCED) ## stock vLLM and ours with equal KV bytes under the same clients; an hour or more
 	$(BIN)/python -m tests.load.compare $(BALANCED) --locust $(LOAD)/bin/locust --rounds $(ROUNDS) --output build/load-report
 
 $(TOOLS)/.complete: requirements/tools.lock

@@ -16,7 +16,8 @@ from vllm_spectral.stats.memory import BF16_BYTES
 BLOCK_TOKENS = 32
 PROFILE_BYTES = (11.4, 688.0)
 """Resident bytes of a profile per layer and KV head: so many per entry of a head_dim x head_dim matrix (bases) and so many
-per channel (tables, and what the kernels keep). The CPU's; a test compares them with the codec's own count."""
+per channel (tables, and what the kernels keep). The CPU's; a test compares them with the codec's own count. Without the
+moments of live traffic, which only a CPU's server keeps."""
 PARAMETERS = {"SmolLM2-135M-Instruct": 0.1345e9, "Llama-3.1-8B": 8.03e9, "Qwen3-8B": 8.19e9, "Llama-3.1-70B": 70.6e9}
 """From the models' cards."""
 

@@ -8,6 +8,7 @@ replays a CUDA graph of its own, sides take turns, and medians are reported:
     flash       torch's scaled_dot_product_attention on contiguous bf16 keys and values, forced to its FlashAttention
     flashinfer  FlashInfer's batch decode on bf16 pages, where it can be imported
     turboquant  vLLM's Triton decode of its 4-bit TurboQuant cache, where vLLM can be imported
+    int4        vLLM's Triton decode of its int4_per_token_head cache, the same
     copy        a device-to-device copy of as many bytes as the context takes in spectral pages: the limit
     store       new keys and values compressed into pages
 """

@@ -27,7 +27,7 @@ def decode_sides(
         requests: block tables and lengths.
     """
     sides: dict[str, Callable[[], object]] = {"flash": _flash(case, query, context)}
-    for name, make in (("flashinfer", _flashinfer), ("turboquant", _turboquant)):
+    for name, make in (("flashinfer", _flashinfer), ("turboquant", _turboquant), ("int4", _int4)):
         try:
             sides[name] = make(case, query, requests)
         except ImportError as error:
@@ -82,3 +82,31 @@ def _turboquant(case: Case, query: Tensor, requests: Requests) -> Callable[[], o
         config.key_packed_size, config.effective_value_quant_bits, config.key_fp8,
         norm_correction=config.norm_correction, PiT=turn,
     )  # fmt: skip
+
+
+def _int4(case: Case, query: Tensor, requests: Requests) -> Callable[[], object]:
+    """Zeros again. A slot of a head is its key's nibbles, their scale (float32), its value's nibbles and their scale."""
+    from vllm.v1.attention.backends.triton_attn import MIN_LAUNCH_GRID_SIZE_2D, NUM_PAR_SOFTMAX_SEGMENTS
+    from vllm.v1.attention.ops.int4_per_token_head import unified_attention_int4
+
+    device, half = query.device, case.head_dim // 2
+    shape = (requests.block_table.numel(), case.heads, case.block, 2, half + 4)
+    cache = torch.zeros(shape, dtype=torch.uint8, device=device).transpose(1, 2)
+    scales = cache.view(torch.float32)[..., half // 4]
+    shares = torch.empty(query.shape[0], case.query_heads, NUM_PAR_SOFTMAX_SEGMENTS, case.head_dim, device=device)
+    most, sums = (torch.empty(shares.shape[:3], device=device) for _ in range(2))
+    output = torch.empty_like(query)
+
+    def run() -> Tensor:
+        unified_attention_int4(
+            query, cache[..., 0, :half], cache[..., 1, :half], output, cu_seqlens_q=requests.query_start,
+            max_seqlen_q=case.queries, seqused_k=requests.context_lens, max_seqlen_k=case.context,
+            softmax_scale=case.head_dim**-0.5, window_size=(-1, -1), block_table=requests.block_table, softcap=0.0,
+            sinks=None, alibi_slopes=None, use_alibi_sqrt=False, qq_bias=None, output_scale=None, mm_prefix_range=None,
+            k_scale_cache=scales[..., 0], v_scale_cache=scales[..., 1],
+            seq_threshold_3D=MIN_LAUNCH_GRID_SIZE_2D // case.heads, num_par_softmax_segments=NUM_PAR_SOFTMAX_SEGMENTS,
+            softmax_segm_output=shares, softmax_segm_max=most, softmax_segm_expsum=sums,
+        )  # fmt: skip
+        return output
+
+    return run

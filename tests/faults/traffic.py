@@ -89,30 +89,40 @@ class Load:
 
 @contextlib.contextmanager
 def company(url: str, count: int = 3) -> Iterator[None]:
-    """Streams that keep other requests company until the end of the block, and then hang up.
+    """Streams that keep other requests company until the end of the block, and then hang up; all have begun before it.
 
     The model's own arithmetic sums in another order for a batch of one row, in stock vLLM as well, and from one bit on two
     greedy answers may part: answers are compared that never were alone.
     """
     stop = threading.Event()
+    begun = [threading.Event() for _ in range(count)]
 
     def stream(index: int) -> None:
         text = f"Company {index}. " + prose("tuning")[index * 500 :][:400]
+        # The first answers end at different times, and so all after them: never is nobody there.
+        tokens = 1500 * (index + 1) // count
         while not stop.is_set():
-            body = {"model": "demo", "prompt": text, "max_tokens": 1500, "ignore_eos": True, "stream": True}
-            with (
-                contextlib.suppress(httpx.HTTPError),
-                httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=SECONDS) as answer,
-            ):
-                for _ in answer.iter_lines():
-                    if stop.is_set():
-                        return
+            body = {"model": "demo", "prompt": text, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+            try:
+                with CLIENT.stream("POST", f"{url}/v1/completions", json=body) as answer:
+                    for _ in answer.iter_lines():
+                        begun[index].set()
+                        if stop.is_set():
+                            return
+                if answer.status_code == 200:
+                    tokens = 1500
+                    continue
+            except httpx.HTTPError:
+                pass
+            begun[index].set()
             stop.wait(0.2)
 
     threads = [threading.Thread(target=stream, args=(index,)) for index in range(count)]
     for thread in threads:
         thread.start()
     try:
+        for each in begun:
+            each.wait(SECONDS)
         yield
     finally:
         stop.set()

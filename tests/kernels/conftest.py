@@ -124,26 +124,41 @@ class Step:
         near = (position < self.first) | (position > before - self.recent)
         return position[near & self.sequences[index].copied[:before]]
 
-    def dense(self, soft_cap: float, window: int) -> torch.Tensor:
-        """Plain attention over the restored vectors, with what the paged reference does not have."""
+    def dense(self, soft_cap: float, window: int, exact: bool = False) -> torch.Tensor:
+        """Plain attention over the restored vectors, or their copies, with what the paged reference does not have."""
         rows, outputs = self.query.split(self.queries), []
         for index, (sequence, context, count) in enumerate(
             zip(self.sequences, self.contexts, self.queries, strict=True)
         ):
+            if not count:
+                continue
             slots = self.codec.layout.read(self.pages, sequence.blocks)[:context]
-            keys = unrotate(self.codec.decode_keys(slots), self.codec.keys.basis).double()
-            values = unrotate(self.codec.decode_values(slots), self.codec.values.basis).double()
+            position, column = torch.arange(context - count, context)[:, None], torch.arange(context)
+            read = ((column < self.first) | (position - column < self.recent)) & self._copied(index) & exact
             query = rows[index].double().view(count, self.heads, self.group, self.dim)
-            scores = torch.einsum("thgd,shd->hgts", query, keys) * self.scale
+            restored = unrotate(self.codec.decode_keys(slots), self.codec.keys.basis)
+            of_pages, of_copies = (
+                torch.einsum("thgd,shd->hgts", query, keys.double()) for keys in (restored, sequence.keys.bfloat16())
+            )
+            scores = torch.where(read, of_copies, of_pages) * self.scale
             if soft_cap:
                 scores = soft_cap * (scores / soft_cap).tanh()
-            position, column = torch.arange(context - count, context)[:, None], torch.arange(context)
             hidden = column > position
             if window:
                 hidden |= position - column >= window
             weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-            outputs.append(torch.einsum("hgts,shd->thgd", weights, values).flatten(1, 2))
+            restored = unrotate(self.codec.decode_values(slots), self.codec.values.basis)
+            found = torch.einsum("hgts,shd->thgd", weights * ~read, restored.double())
+            found += torch.einsum("hgts,shd->thgd", weights * read, sequence.values.bfloat16().double())
+            outputs.append(found.flatten(1, 2))
         return torch.cat(outputs).float()
+
+    def _copied(self, index: int) -> torch.Tensor:
+        """Which positions of a request have a copy or are the step's own, ``[context]`` bool."""
+        found = torch.zeros(self.contexts[index], dtype=torch.bool)
+        found[self._held(index)] = True
+        found[self.contexts[index] - self.queries[index] :] = True
+        return found
 
     def slots(self) -> torch.Tensor:
         """Where the step's tokens lie, ``[num_tokens]`` int64."""

@@ -38,12 +38,20 @@ def close(found: torch.Tensor, expected: torch.Tensor, isa: str, *, slack: float
     assert (found - expected).norm() <= tolerance * expected.norm()
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("soft_cap", "window"), [(2.0, 0), (0.0, 100), (30.0, 1), (5.0, 600)])
-def test_soft_caps_and_sliding_windows(soft_cap: float, window: int, isa: str) -> None:
+@pytest.mark.parametrize(("soft_cap", "window"), [(2.0, 0), (0.0, 100), (30.0, 1), (0.0, 20), (5.0, 600)])
+def test_soft_caps_and_sliding_windows(soft_cap: float, window: int, isa: str, exact: bool) -> None:
+    step = Step(codec_of(2, 64, 3.0), 3, [700, 40, 1200, 9], [1, 40, 30, 0])
+    found = step.native(kernels(isa), exact=exact, soft_cap=soft_cap, window=window)
+    close(found, step.dense(soft_cap, window, exact), isa)
+
+
+def test_the_dense_reference_is_the_paged_one_where_both_apply() -> None:
     step = Step(codec_of(2, 64, 3.0), 3, [700, 40, 1200], [1, 40, 30])
-    found = step.native(kernels(isa), exact=False, soft_cap=soft_cap, window=window)
-    close(found, step.dense(soft_cap, window), isa)
+    for exact in (False, True):
+        found, expected = step.dense(0.0, 0, exact), step.reference(exact)
+        assert (found - expected).norm() <= KERNEL_FLOAT * expected.norm()
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -64,7 +72,7 @@ def test_any_batch(isa: str, data: st.DataObject) -> None:
         queries[0] = 1
     step = Step(
         codec_of(2, 64, 3.0), data.draw(st.integers(1, 9)), contexts, queries, seed=data.draw(st.integers(0, 1000)),
-        block=data.draw(st.sampled_from([32, 64, 128])), copied_share=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+        block=data.draw(st.sampled_from([32, 64, 96, 128])), copied_share=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
         dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         first=data.draw(st.sampled_from([0, 4, 40])), recent=data.draw(st.sampled_from([0, 1, 64, 300])),
     )  # fmt: skip

@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -44,31 +43,58 @@ SIDES = ("stock", "ours")
 Figures = dict[str, float]
 
 
-def locust(executable: Path, server: ServerProcess, users: Sequence[str], clients: int, seconds: float) -> Figures:
-    """One run of Locust; what its users felt."""
+def locust(
+    executable: Path, server: ServerProcess, users: Sequence[str], clients: int, warmup: float, seconds: float
+) -> Figures:
+    """One run of Locust; what its users felt in ``seconds`` after ``warmup``.
+
+    At the start everyone asks at once, and for a while a server does little but prefill: how long depends on how many it has
+    room for. Whoever serves for hours is not interested.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "records"
         flags = ["-f", "tests/load/locustfile.py", "--headless", "--only-summary", "--stop-timeout", "0"]
-        flags += ["-u", str(clients), "-r", str(clients), "-t", f"{seconds:g}s", "--host", server.url, *users]
+        flags += ["-u", str(clients), "-r", str(clients), "-t", f"{warmup + seconds:g}s", "--host", server.url, *users]
         environment = os.environ | {"LOAD_REPORT": str(report), "PYTHONPATH": "."}
         done = subprocess.run([executable, *flags], env=environment, capture_output=True, text=True, check=False)
         records = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
     if not records:
         raise RuntimeError(f"Locust recorded nothing:\n{done.stderr[-4000:]}")
-    good = [record for record in records if record["status"] == 200]
-    # A request that the end of the run cut off before its first token has waited so long at least.
-    first = [record["first_token_seconds"] or record["seconds"] for record in good]
-    # Who hung up or read slowly has no pace of its own.
-    paced = [r for r in good if r["tokens"] > 1 and r["scenario"] not in ("HangUp", "SlowReader")]
-    pace = [(r["seconds"] - r["first_token_seconds"]) / (r["tokens"] - 1) for r in paced]
-    failures = Counter(record["status"] for record in records if record["status"] != 200)
+    begin = min(record["start"] for record in records) + warmup
+    return felt(records, begin, begin + seconds)
+
+
+def felt(records: Sequence[dict[str, Any]], begin: float, end: float) -> Figures:
+    """What users felt between two times; see ``locustfile.py`` for a record."""
+    # Whoever was cut off by the end of the run before anything came has no status.
+    good = [record for record in records if record["status"] == 200 or record["cut"]]
+    tokens, first, pace = 0, list[float](), list[float]()
+    for record in good:
+        progress = [(record["start"] + after, count) for after, count in record["progress"]]
+        over = record["start"] + record["seconds"]
+        until = [max((count for at, count in progress if at <= time), default=0) for time in (begin, end)]
+        tokens += until[1] - until[0]
+        # Who got no first token before the end has waited so long at least.
+        came = progress[0][0] if progress else min(over, end)
+        if begin < came <= end:
+            first.append(came - record["start"])
+        # Who hung up or read slowly has no pace of its own.
+        seen = [(at, count) for at, count in progress if begin < at <= end] or [(0.0, 0)]
+        (since, had), (last, has) = seen[0], seen[-1]
+        if record["scenario"] not in ("HangUp", "SlowReader") and has > had:
+            pace.append((last - since) / (has - had))
     return {
-        "output_tokens_per_second": sum(record["tokens"] for record in good) / seconds,
-        "requests": sum(not record["cut"] for record in good),
-        "failures": sum(failures.values()),
-        **{f"ttft_p{p}_seconds": float(np.percentile(first, p)) for p in (50, 99)},
-        **{f"tpot_p{p}_seconds": float(np.percentile(pace, p)) for p in (50, 99)},
+        "output_tokens_per_second": tokens / (end - begin),
+        "requests": sum(not record["cut"] and begin < record["start"] + record["seconds"] <= end for record in good),
+        "failures": len(records) - len(good),
+        **{f"ttft_p{p}_seconds": percentile(first, p) for p in (50, 99)},
+        **{f"tpot_p{p}_seconds": percentile(pace, p) for p in (50, 99)},
     }
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """NaN of none."""
+    return float(np.percentile(values, percent)) if values else float("nan")
 
 
 def closed_loop(server: ServerProcess, clients: int, seed: int, folder: Path) -> Figures:
@@ -124,7 +150,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     before = preemptions(server)
                     if load in SCENARIOS:
                         users = SCENARIOS[load]
-                        found = locust(arguments.locust, server, users, arguments.clients, arguments.seconds)
+                        found = locust(
+                            arguments.locust, server, users, arguments.clients, arguments.warmup, arguments.seconds
+                        )
                     else:
                         found = closed_loop(server, climb[number - len(SCENARIOS)], 100 * turn + number, folder)
                     rows[load][side].append(found | {"preemptions": preemptions(server) - before})
@@ -182,7 +210,10 @@ def main() -> int:
     parser.add_argument("profile")
     parser.add_argument("--memory", default="64M", help="bytes for the KV cache of either side (%(default)s)")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of every run of Locust (%(default)s)")
+    parser.add_argument(
+        "--warmup", type=float, default=60.0, help="seconds of a run of Locust not counted (%(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="of every run of Locust after it (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--target", type=float, default=10.0, help="seconds to the first token, p99 (%(default)s)")
     parser.add_argument("--locust", type=Path, default=Path("build/load/bin/locust"), help="the command (%(default)s)")

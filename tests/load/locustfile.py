@@ -49,53 +49,43 @@ class Client(HttpUser):
 
     def stream(self, path: str, body: dict[str, Any]) -> str:
         """One streamed answer; its text."""
-        body |= {"model": MODEL, "stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
-        body |= {"ignore_eos": True}
-        name, start, first, text, tokens = type(self).__name__, time.monotonic(), 0.0, "", 0
-        chunks = 0
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        body |= {"model": MODEL, "stream": True, "stream_options": options, "temperature": 0, "ignore_eos": True}
+        name, text = type(self).__name__, ""
+        record = {"scenario": name, "start": time.time(), "status": 0, "progress": [], "cut": False}
+        _RECORDS.append(record)
+        start = time.monotonic()
         try:
             with self.client.post(
                 path, json=body, headers=HEADERS, stream=True, catch_response=True, name=name
             ) as answer:
+                record["status"] = answer.status_code
                 if answer.status_code != 200:
                     answer.failure(f"{answer.status_code}: {answer.text[:200]}")
-                    self._note(name, answer.status_code, time.monotonic() - start, 0.0, 0)
                     return ""
                 for chunks, line in enumerate(line for line in answer.iter_lines() if line.startswith(b"data: {")):
                     event = json.loads(line.removeprefix(b"data: "))
-                    if event.get("usage"):
-                        tokens = event["usage"]["completion_tokens"]
                     for choice in event.get("choices", ()):
                         text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-                        if text and not first:
-                            first = time.monotonic() - start
+                    if tokens := (event.get("usage") or {}).get("completion_tokens"):
+                        record["progress"].append((time.monotonic() - start, tokens))
                     if self.stop_after and chunks >= self.stop_after:
-                        answer.success()
-                        self._note(name, 200, time.monotonic() - start, first, chunks)
-                        return text
+                        break
                     if self.pause_seconds:
                         gevent.sleep(self.pause_seconds)
                 answer.success()
         except gevent.GreenletExit:
             # The run is over. What was streamed counts: else a server that serves many at once would seem to do nothing.
-            self._note(name, 200, time.monotonic() - start, first, chunks, cut=True)
+            record["cut"] = True
             raise
-        self._note(name, 200 if tokens else 0, time.monotonic() - start, first, tokens)
+        except Exception:
+            record["status"] = 0
+            raise
+        finally:
+            record["seconds"] = time.monotonic() - start
+            if not record["cut"] and not record["progress"]:
+                record["status"] = 0
         return text
-
-    @staticmethod
-    def _note(name: str, status: int, seconds: float, first: float, tokens: int, cut: bool = False) -> None:
-        _RECORDS.append(
-            {
-                "scenario": name,
-                "end": time.time(),
-                "status": status,
-                "seconds": seconds,
-                "first_token_seconds": first,
-                "tokens": tokens,
-                "cut": cut,
-            }
-        )
 
     @staticmethod
     def piece(characters: int) -> str:

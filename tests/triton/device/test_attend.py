@@ -36,13 +36,12 @@ def test_tiles_and_blocks_of_every_size(groups: int, block: int, tuning: Tuning)
     close(attend(step, True, tuning=tuning), step.reference(True), KERNEL_BF16)
 
 
-@pytest.mark.parametrize(("soft_cap", "window"), [(2.0, 0), (0.0, 100), (30.0, 1), (5.0, 600)])
-def test_soft_caps_and_sliding_windows(soft_cap: float, window: int) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("soft_cap", "window"), [(2.0, 0), (0.0, 100), (30.0, 1), (0.0, 20), (5.0, 600)])
+def test_soft_caps_and_sliding_windows(soft_cap: float, window: int, exact: bool) -> None:
     step = Step(codec_of(1, 64, 3.0), 3, [150, 40], [1, 30])
-    tuning = SHARES if window else WHOLE
-    close(
-        attend(step, False, tuning=tuning, soft_cap=soft_cap, window=window), step.dense(soft_cap, window), KERNEL_BF16
-    )
+    found = attend(step, exact, tuning=SHARES if window else WHOLE, soft_cap=soft_cap, window=window)
+    close(found, step.dense(soft_cap, window, exact), KERNEL_BF16)
 
 
 @pytest.mark.parametrize(

@@ -107,9 +107,12 @@ def store_kernel(
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr, ROW: tl.constexpr,
     SEARCH: tl.constexpr, SEARCH_FIRST: tl.constexpr, LAST_SCALE: tl.constexpr,
     WORDS: tl.constexpr, FIELDS: tl.constexpr, FLAT_FIELDS: tl.constexpr,
-    SLOT: tl.constexpr, GROUP: tl.constexpr, LANE: tl.constexpr, FLAT_FLAG: tl.constexpr,
+    SLOT: tl.constexpr, GROUP: tl.constexpr, LANE: tl.constexpr, FLAT_FLAG: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Programs take (tokens, head, keys or values) in turn; scratch: ``SEARCH * D * TOKENS`` float32 each."""
+    """Programs take (tokens, head, keys or values) in turn; scratch: ``SEARCH * D * TOKENS`` float32 each.
+
+    ``DEPTH`` divides ``D``: so many of the model's coordinates are rotated at once, by float64 tensor cores.
+    """
     d, t = tl.arange(0, DP), tl.arange(0, TOKENS)
     real = d < D
     scratch += tl.program_id(0).to(tl.int64) * (SEARCH * D * TOKENS)
@@ -124,12 +127,24 @@ def store_kernel(
             source = keys + token.to(tl.int64) * key_token_stride + head * key_head_stride
         else:
             source = values + token.to(tl.int64) * value_token_stride + head * value_head_stride
+        # Through memory: as float32, since Triton 3.6 does not compile products of float64 that come from bf16; and back,
+        # so that what follows is not laid out like a product of matrices.
+        vectors = scratch + t[:, None] * D
+        every = real[None, :] & (t[:, None] >= 0)
+        given = tl.load(source[:, None] + d[None, :], mask=real[None, :] & live[:, None], other=0.0)
+        tl.debug_barrier()
+        tl.store(vectors + d[None, :], given.to(tl.float32), mask=every)
+        tl.debug_barrier()
         total = tl.zeros((TOKENS, DP), tl.float64)
-        for c in tl.range(0, D, loop_unroll_factor=4):
-            x = tl.load(source + c, mask=live, other=0.0).to(tl.float64)
-            line = tl.load(basis + (row * D + c) * D + d, mask=real, other=0.0).to(tl.float64)
-            total = tl.fma(x[:, None], line[None, :], total)
-        rotated = total.to(tl.float32)
+        for first in tl.range(0, D, DEPTH):
+            c = first + tl.arange(0, DEPTH)
+            x = tl.load(vectors + c[None, :])
+            lines = tl.load(basis + (row * D + c[:, None]) * D + d[None, :], mask=real[None, :], other=0.0)
+            total = tl.dot(x.to(tl.float64), lines.to(tl.float64), total, out_dtype=tl.float64)
+        tl.debug_barrier()
+        tl.store(vectors + d[None, :], total.to(tl.float32), mask=every)
+        tl.debug_barrier()
+        rotated = tl.load(vectors + d[None, :], mask=every, other=0.0)
 
         inverse = tl.load(inverse_width + row * D + d, mask=real, other=0.0)[None, :]
         whitened = rotated * inverse

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -47,6 +49,24 @@ def test_when_time_is_over_the_stage_ends_with_its_children_and_the_rest_is_name
         ("out of time", ""), ("not run", "no time was left"),
     ]  # fmt: skip
     assert (tmp_path / "gpu-slow.log").read_text().startswith("started\n")
+
+
+def test_a_stage_that_is_ended_ends_what_is_in_a_session_of_its_own(tmp_path: Path) -> None:
+    """As the engine benchmark does with an engine; where this was started to ignore interruptions, as ``main`` sees to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = (
+        "import os, signal, subprocess, sys; sleeper = subprocess.Popen("
+        "[sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
+        "try:\n    print(sleeper.pid, flush=True); sleeper.wait()\n"
+        "finally:\n    os.killpg(sleeper.pid, signal.SIGKILL)"
+    )
+    try:
+        (outcome,) = run_all([python("engine", code)], tmp_path, 5, {})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcome.status == "out of time"
+    pid = int((tmp_path / "gpu-engine.log").read_text().split()[0])
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_stages_run_what_is_there() -> None:

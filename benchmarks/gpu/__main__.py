@@ -10,7 +10,8 @@ Run from the repository's root. Four stages, each a process of its own whose out
 
 A stage that fails or for which something is missing does not keep the others from running. When ``--minutes`` are over,
 the stage at work is ended, and those after it are named as not run. What is found lies in ``--output``: a log and, of
-benchmarks, a JSON file per stage, and ``gpu-summary.json``. The exit code is 0 only if every stage that was asked for passed.
+benchmarks, a JSON file per stage, and ``gpu-summary.json`` of the last call. The exit code is 0 only if every stage that was
+asked for passed.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Outcome:
 
 
 _GRACE = 10.0
-"""Seconds from the interruption of a stage to its end by force."""
+"""Seconds from the interruption of a stage to its end by force. Interrupted, a stage ends its engines, which are in sessions
+of their own, and pytest tells what it has."""
 _TESTS = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider")
 STAGES = (
     Stage("kernels", ("triton", "numpy"), ("-m", "benchmarks.gpu.attention", "--tune", "--json", "{json}")),
@@ -80,6 +82,7 @@ def run(stage: Stage, output: Path, seconds: float) -> Outcome:
     if seconds <= 0:
         return Outcome(stage.name, "not run", why="no time was left")
     results = output / f"gpu-{stage.name}.json"
+    results.unlink(missing_ok=True)
     command = [sys.executable, *(part.replace("{json}", str(results)) for part in stage.command)]
     started, late = time.monotonic(), threading.Event()
     with (output / f"gpu-{stage.name}.log").open("w") as log:
@@ -90,8 +93,8 @@ def run(stage: Stage, output: Path, seconds: float) -> Outcome:
         )  # fmt: skip
 
         def end() -> None:
-            # Interrupted, a stage ends its engines, which are in sessions of their own, and pytest tells what it has.
-            late.set()
+            if child.poll() is None:
+                late.set()
             _signal(child, signal.SIGINT)
 
         timers = [threading.Timer(seconds, end), threading.Timer(seconds + _GRACE, _signal, (child, signal.SIGKILL))]
@@ -104,6 +107,11 @@ def run(stage: Stage, output: Path, seconds: float) -> Outcome:
                 log.write(line)
                 log.flush()
             code = child.wait()
+        except BaseException:
+            _signal(child, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_GRACE)
+            raise
         finally:
             for timer in timers:
                 timer.cancel()
@@ -166,6 +174,9 @@ def main(argv: list[str] | None = None) -> int:
         "torch": torch.__version__,
         "command": "python -m benchmarks.gpu " + " ".join(sys.argv[1:] if argv is None else argv),
     }
+    # A shell that starts this in the background has it ignore interruptions, and its children with it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     stages = [stage for stage in STAGES if stage.name in args.only]
     outcomes = run_all(stages, args.output, 60 * args.minutes, about)
     for outcome in outcomes:

@@ -89,10 +89,11 @@ class Load:
 
 @contextlib.contextmanager
 def company(url: str, count: int = 3) -> Iterator[None]:
-    """Streams that keep other requests company until the end of the block, and then hang up; all have begun before it.
+    """Streams that keep other requests company until the end of the block, and then hang up.
 
-    The model's own arithmetic sums in another order for a batch of one row, in stock vLLM as well, and from one bit on two
-    greedy answers may part: answers are compared that never were alone.
+    All have begun before the block does, or were refused. The model's own arithmetic sums in another order for a batch of
+    one row, in stock vLLM as well, and from one bit on two greedy answers may part: compared are answers that never were
+    alone.
     """
     stop = threading.Event()
     begun = [threading.Event() for _ in range(count)]
@@ -105,17 +106,20 @@ def company(url: str, count: int = 3) -> Iterator[None]:
             body = {"model": "demo", "prompt": text, "max_tokens": tokens, "ignore_eos": True, "stream": True}
             try:
                 with CLIENT.stream("POST", f"{url}/v1/completions", json=body) as answer:
-                    for _ in answer.iter_lines():
+                    broken = answer.status_code != 200
+                    for line in answer.iter_lines():
                         begun[index].set()
                         if stop.is_set():
                             return
-                if answer.status_code == 200:
-                    tokens = 1500
-                    continue
+                        # What breaks after the headers is told in the stream.
+                        broken |= line.startswith('data: {"error"')
             except httpx.HTTPError:
-                pass
+                broken = True
             begun[index].set()
-            stop.wait(0.2)
+            if broken:
+                stop.wait(0.2)
+            else:
+                tokens = 1500
 
     threads = [threading.Thread(target=stream, args=(index,)) for index in range(count)]
     for thread in threads:

@@ -75,7 +75,7 @@ def felt(records: Sequence[dict[str, Any]], begin: float, end: float) -> Figures
         until = [max((count for at, count in progress if at <= time), default=0) for time in (begin, end)]
         tokens += until[1] - until[0]
         # Who got no first token before the end has waited so long at least.
-        came = progress[0][0] if progress else min(over, end)
+        came = min(progress[0][0] if progress else over, end)
         if begin < came <= end:
             first.append(came - record["start"])
         # Who hung up or read slowly has no pace of its own.
@@ -93,8 +93,8 @@ def felt(records: Sequence[dict[str, Any]], begin: float, end: float) -> Figures
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """NaN of none."""
-    return float(np.percentile(values, percent)) if values else float("nan")
+    """0 of none."""
+    return float(np.percentile(values, percent)) if values else 0.0
 
 
 def closed_loop(server: ServerProcess, clients: int, seed: int, folder: Path) -> Figures:

@@ -65,6 +65,11 @@ class Client(HttpUser):
                     return ""
                 for chunks, line in enumerate(line for line in answer.iter_lines() if line.startswith(b"data: {")):
                     event = json.loads(line.removeprefix(b"data: "))
+                    if "error" in event:
+                        # What breaks after the headers is told in the stream.
+                        record["status"] = 0
+                        answer.failure(str(event["error"])[:200])
+                        return ""
                     for choice in event.get("choices", ()):
                         text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
                     if tokens := (event.get("usage") or {}).get("completion_tokens"):
@@ -83,7 +88,7 @@ class Client(HttpUser):
             raise
         finally:
             record["seconds"] = time.monotonic() - start
-            if not record["cut"] and not record["progress"]:
+            if record["status"] == 200 and not record["cut"] and not record["progress"]:
                 record["status"] = 0
         return text
 

@@ -26,6 +26,8 @@ def test_tokens_waits_and_paces_are_those_of_the_window() -> None:
             record(1100.0, [(4.0, 1), (6.0, 2), (21.0, 3)], 22.0),
             # Cut off by the end before anything came, after ten seconds and a little.
             record(1110.0, [], 10.2, status=0, cut=True),
+            # Its first token comes after the window.
+            record(1105.0, [(20.0, 1)], 21.0),
             # Over before the window.
             record(1000.0, [(1.0, 1), (2.0, 2)], 2.0),
             # A user who hangs up has a wait and tokens, but no pace.
@@ -37,8 +39,8 @@ def test_tokens_waits_and_paces_are_those_of_the_window() -> None:
     assert found["output_tokens_per_second"] == pytest.approx((30 + 2 + 2) / 60)
     assert found["requests"] == 2
     assert found["failures"] == 0
-    assert found["ttft_p50_seconds"] == pytest.approx(4.0)
-    assert found["ttft_p99_seconds"] == pytest.approx(10.0, rel=0.02)
+    assert found["ttft_p50_seconds"] == pytest.approx((4.0 + 10.0) / 2)
+    assert found["ttft_p99_seconds"] == pytest.approx(15.0, rel=0.02)
     assert found["tpot_p50_seconds"] == pytest.approx((0.5 + 2.0) / 2)
 
 

@@ -184,7 +184,7 @@ class TritonLayer:
             FALLBACK_GAIN, **self._shape, TOKENS=tokens, ROW=1 << MAX_BITS, SEARCH=len(SCALE_SEARCH),
             SEARCH_FIRST=SCALE_SEARCH.start, LAST_SCALE=NUM_SCALES - 1, WORDS=store.spectral.channel.shape[1],
             FIELDS=store.spectral.channel.shape[2], FLAT_FIELDS=store.flat.channel.shape[2], SLOT=layout.slot_bytes,
-            GROUP=GROUP_TOKENS, LANE=self._tables.lane_step, FLAT_FLAG=FLAT_FLAG, DEPTH=_HEAD_SIZE_STEP,
+            GROUP=GROUP_TOKENS, LANE=self._tables.lane_step, FLAT_FLAG=FLAT_FLAG, COORDINATES=_HEAD_SIZE_STEP,
             **self.options("store"),
         )  # fmt: skip
 

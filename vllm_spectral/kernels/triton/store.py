@@ -107,11 +107,11 @@ def store_kernel(
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr, ROW: tl.constexpr,
     SEARCH: tl.constexpr, SEARCH_FIRST: tl.constexpr, LAST_SCALE: tl.constexpr,
     WORDS: tl.constexpr, FIELDS: tl.constexpr, FLAT_FIELDS: tl.constexpr,
-    SLOT: tl.constexpr, GROUP: tl.constexpr, LANE: tl.constexpr, FLAT_FLAG: tl.constexpr, DEPTH: tl.constexpr,
+    SLOT: tl.constexpr, GROUP: tl.constexpr, LANE: tl.constexpr, FLAT_FLAG: tl.constexpr, COORDINATES: tl.constexpr,
 ):  # fmt: skip
     """Programs take (tokens, head, keys or values) in turn; scratch: ``SEARCH * D * TOKENS`` float32 each.
 
-    ``DEPTH`` divides ``D``: so many of the model's coordinates are rotated at once, by float64 tensor cores.
+    ``COORDINATES`` divides ``D``: so many of the model's are rotated at once, by float64 tensor cores.
     """
     d, t = tl.arange(0, DP), tl.arange(0, TOKENS)
     real = d < D
@@ -136,8 +136,8 @@ def store_kernel(
         tl.store(vectors + d[None, :], given.to(tl.float32), mask=every)
         tl.debug_barrier()
         total = tl.zeros((TOKENS, DP), tl.float64)
-        for first in tl.range(0, D, DEPTH):
-            c = first + tl.arange(0, DEPTH)
+        for first in tl.range(0, D, COORDINATES):
+            c = first + tl.arange(0, COORDINATES)
             x = tl.load(vectors + c[None, :])
             lines = tl.load(basis + (row * D + c[:, None]) * D + d[None, :], mask=real[None, :], other=0.0)
             total = tl.dot(x.to(tl.float64), lines.to(tl.float64), total, out_dtype=tl.float64)

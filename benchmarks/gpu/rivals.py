@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.gpu.cases import Case
 from vllm_spectral.kernels.interface import Requests
+from vllm_spectral.kernels.triton.tables import power_of_two
 
 BF16 = ("flash", "flashinfer")
 """Those that read bf16: the fastest of them is what a compressed cache has to beat."""
@@ -102,8 +103,8 @@ def _int4(case: Case, query: Tensor, requests: Requests) -> Callable[[], object]
     shape = (requests.block_table.numel(), case.heads, case.block, 2, half + 4)
     cache = torch.zeros(shape, dtype=torch.uint8, device=device).transpose(1, 2)
     scales = cache.view(torch.float32)[..., half // 4]
-    padded = 1 << (case.head_dim - 1).bit_length()
-    shares = torch.empty(query.shape[0], case.query_heads, NUM_PAR_SOFTMAX_SEGMENTS, padded, device=device)
+    shape = (query.shape[0], case.query_heads, NUM_PAR_SOFTMAX_SEGMENTS, power_of_two(case.head_dim))
+    shares = torch.empty(shape, device=device)
     maxima, sums = (torch.empty(shares.shape[:3], device=device) for _ in range(2))
     output = torch.empty_like(query)
 

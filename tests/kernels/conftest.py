@@ -107,9 +107,7 @@ class Step:
                 continue
             copies = None
             if exact:
-                positions = self._held(index)
-                own = torch.arange(context - count, context)
-                at = torch.cat([positions, own])
+                at = self._copied(index).nonzero().flatten()
                 copies = ExactTokens(
                     at, sequence.keys[at].bfloat16(), sequence.values[at].bfloat16(), self.first, self.recent
                 )

@@ -68,12 +68,13 @@ def felt(records: Sequence[dict[str, Any]], begin: float, end: float) -> Figures
     """What users felt between two times; see ``locustfile.py`` for a record."""
     # Whoever was cut off by the end of the run before anything came has no status.
     good = [record for record in records if record["status"] == 200 or record["cut"]]
-    tokens, first, pace = 0, list[float](), list[float]()
+    tokens, answered, first, pace = 0, 0, list[float](), list[float]()
     for record in good:
         progress = [(record["start"] + after, count) for after, count in record["progress"]]
         over = record["start"] + record["seconds"]
         until = [max((count for at, count in progress if at <= time), default=0) for time in (begin, end)]
         tokens += until[1] - until[0]
+        answered += not record["cut"] and begin < over <= end
         # Who got no first token before the end has waited so long at least.
         came = min(progress[0][0] if progress else over, end)
         if begin < came <= end:
@@ -85,7 +86,7 @@ def felt(records: Sequence[dict[str, Any]], begin: float, end: float) -> Figures
             pace.append((last - since) / (has - had))
     return {
         "output_tokens_per_second": tokens / (end - begin),
-        "requests": sum(not record["cut"] and begin < record["start"] + record["seconds"] <= end for record in good),
+        "requests": answered,
         "failures": len(records) - len(good),
         **{f"ttft_p{p}_seconds": percentile(first, p) for p in (50, 99)},
         **{f"tpot_p{p}_seconds": percentile(pace, p) for p in (50, 99)},

@@ -59,37 +59,39 @@ class Client(HttpUser):
             with self.client.post(
                 path, json=body, headers=HEADERS, stream=True, catch_response=True, name=name
             ) as answer:
-                record["status"] = answer.status_code
                 if answer.status_code != 200:
+                    record["status"] = answer.status_code
                     answer.failure(f"{answer.status_code}: {answer.text[:200]}")
                     return ""
+                whole = False
                 for chunks, line in enumerate(line for line in answer.iter_lines() if line.startswith(b"data: {")):
                     event = json.loads(line.removeprefix(b"data: "))
                     if "error" in event:
                         # What breaks after the headers is told in the stream.
-                        record["status"] = 0
                         answer.failure(str(event["error"])[:200])
                         return ""
                     for choice in event.get("choices", ()):
                         text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
                     if tokens := (event.get("usage") or {}).get("completion_tokens"):
                         record["progress"].append((time.monotonic() - start, tokens))
+                    # The last event has the number of tokens and no choice.
+                    whole = not event.get("choices")
                     if self.stop_after and chunks >= self.stop_after:
+                        whole = True
                         break
                     if self.pause_seconds:
                         gevent.sleep(self.pause_seconds)
+                if not whole:
+                    answer.failure("the stream ended before the answer did")
+                    return ""
+                record["status"] = 200
                 answer.success()
         except gevent.GreenletExit:
             # The run is over. What was streamed counts: else a server that serves many at once would seem to do nothing.
             record["cut"] = True
             raise
-        except Exception:
-            record["status"] = 0
-            raise
         finally:
             record["seconds"] = time.monotonic() - start
-            if record["status"] == 200 and not record["cut"] and not record["progress"]:
-                record["status"] = 0
         return text
 
     @staticmethod

@@ -166,7 +166,7 @@ def store_kernel(
             whitened * whitened * (tl.load(flat_bits + row * D + d, mask=real, other=0) > 0).to(tl.float32)[None, :]
         )
         tl.debug_barrier()
-        tl.store(scratch + d[None, :] * TOKENS + t[:, None], squares, mask=real[None, :] & (t[:, None] >= 0))
+        tl.store(scratch + d[None, :] * TOKENS + t[:, None], squares, mask=every)
         tl.debug_barrier()
         power = _ordered_sum(scratch + t, TOKENS, D, tl.zeros((TOKENS,), tl.float32))
         power = power * tl.load(flat_inverse_stored + row)
